@@ -1,0 +1,57 @@
+"""What can go wrong for a user: each error names the value, the rule and the way out, and carries a stable code."""
+
+from __future__ import annotations
+
+
+class LlepError(Exception):
+    """An error that a user can act on. `code` is stable and appears in HTTP bodies; `param` names the culprit."""
+
+    code = "llep_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.message, self.param))
+
+
+def _rebuild(cls: type[LlepError], message: str, param: str | None) -> LlepError:
+    return cls(message, param=param)
+
+
+class SettingsError(LlepError, ValueError):
+    """A setting is unknown, has the wrong type, is out of range, or can't change while serving."""
+
+    code = "invalid_setting"
+
+
+class UnknownEngine(LlepError):
+    """No engine of that name has reported."""
+
+    code = "unknown_engine"
+
+
+class RevisionConflict(LlepError):
+    """Somebody else changed the settings since the caller read them."""
+
+    code = "revision_conflict"
+
+
+class SchedulerUnreachable(LlepError):
+    """The scheduler (a Ray actor) did not answer."""
+
+    code = "scheduler_unreachable"
+
+
+class UnsupportedConfiguration(LlepError):
+    """The engine is configured in a way that llep can't work with."""
+
+    code = "unsupported_configuration"
+
+
+ERRORS_BY_CODE: dict[str, type[LlepError]] = {
+    cls.code: cls
+    for cls in (LlepError, SettingsError, UnknownEngine, RevisionConflict, SchedulerUnreachable, UnsupportedConfiguration)
+}

@@ -1,0 +1,156 @@
+"""What processes tell each other: reports go up, directives come down. Typed, compact binary (msgpack), no pickle.
+
+worker --Report--> agent --reports--> Scheduler, and the other way round: Directive.
+
+Everything counted in a Report is cumulative since the worker started, so a lost or doubled report does no harm: the
+next one says it all. Rank 0 speaks for its EP group about what all ranks hold alike (loads, decisions, lends); every
+rank speaks for itself about time and memory. Only real tokens count: no padding, dummy, profiling or warm-up step.
+
+Shape letters: L MoE layers (in order of layer_numbers), R ranks, E experts, S stages (before, after balancing).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+PROTOCOL = 1
+
+# Upper bounds of histogram buckets; one more bucket follows for everything above.
+IMBALANCE_BUCKETS = (1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0, 64.0)
+SECONDS_BUCKETS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+STAGES = ("before", "after")
+STEP_PHASES = ("prefill", "decode")
+LAYER_PHASES = ("count", "plan", "lend", "dispatch", "compute", "combine")
+
+
+class Array(msgspec.Struct, frozen=True, array_like=True):
+    """A numpy array on the wire."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    @classmethod
+    def of(cls, array: npt.NDArray[Any]) -> Self:
+        return cls(array.dtype.str, array.shape, np.ascontiguousarray(array).tobytes())
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """A read-only view of the data. Raises ValueError if shape, type and length disagree."""
+        return np.frombuffer(self.data, dtype=np.dtype(self.dtype)).reshape(self.shape)
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine is; equal on all its ranks, fixed while it runs."""
+
+    engine: str
+    model_name: str
+    llep_version: str
+    vllm_version: str
+    backend: str  # torch device type: cpu, cuda
+    quantization: str  # 'none' when weights are as trained
+    dtype: str
+    ep_size: int
+    tp_size: int
+    dp_size: int
+    layer_numbers: tuple[int, ...]  # the model's numbers of its MoE layers
+    num_experts: int
+    top_k: int
+    slots_per_rank: int
+    bytes_per_slot: int
+    max_model_len: int
+    settings: dict[str, Any]  # at start, before any change at run time
+    setting_sources: dict[str, str]
+
+
+class Histogram(msgspec.Struct, frozen=True, array_like=True):
+    """counts has one entry per bucket (not cumulative over buckets) and one for everything above."""
+
+    counts: tuple[int, ...]
+    sum: float
+
+
+class GroupLoads(msgspec.Struct, frozen=True, kw_only=True):
+    """What all ranks of an EP group hold alike; reported by rank 0."""
+
+    tokens_L: Array  # int64: real tokens that went through each layer
+    routed_LE: Array  # int64: pairs routed to each expert
+    routed_LR: Array  # int64: pairs that plain EP would compute on each rank
+    computed_LR: Array  # int64: pairs computed on each rank
+    layer_steps_L: Array  # int64: steps with at least one real token
+    imbalance_sum_LS: Array  # float64: sum over those steps of the imbalance ratio
+    imbalance_histograms: tuple[Histogram, Histogram]  # by stage, over layers and steps, IMBALANCE_BUCKETS
+    decisions: dict[str, int]  # llep.plan.Decision -> layer-steps
+    spilled_in_R: Array  # int64: pairs computed for other home ranks
+    spilled_out_R: Array  # int64: pairs computed elsewhere
+    lends_in_R: Array  # int64
+    lends_out_R: Array  # int64
+    bytes_per_lend: int
+    last_plan_time_s: float  # unix time of the last decision, also 'do nothing'; 0 before the first
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
+    """One rank's view at one moment."""
+
+    protocol: int
+    info: EngineInfo
+    rank: int
+    incarnation: str  # new for each start of the engine; equal on all its ranks
+    seq: int  # 1, 2, 3, ... for each (incarnation, rank)
+    time_s: float  # unix time
+    step: int  # steps since start, dummy ones included
+    steps: dict[str, int]  # STEP_PHASES -> real steps
+    held_revision: int  # newest settings revision this rank has received
+    live_revision: int  # the revision the EP group runs
+    live_since_step: int
+    live_since_time_s: float
+    last_apply_error: str  # '' or why the newest directive was refused
+    phase_seconds: dict[str, Histogram]  # LAYER_PHASES, SECONDS_BUCKETS
+    layer_seconds: float  # wall time inside MoE layers
+    memory_budget_bytes: int  # reserved for llep on this rank
+    memory_used_bytes: int  # slots in use in the last lending step
+    memory_peak_bytes: int
+    errors: dict[str, int]  # 'component/type' -> count
+    group: GroupLoads | None  # rank 0 only
+
+
+class Directive(msgspec.Struct, frozen=True, kw_only=True, tag="directive"):
+    """What the scheduler tells the workers of one engine. `settings` is complete; revision 0 is the start."""
+
+    protocol: int
+    engine: str
+    revision: int
+    settings: dict[str, Any]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_report_decoder = msgspec.msgpack.Decoder(Report)
+_directive_decoder = msgspec.msgpack.Decoder(Directive)
+
+
+def encode(message: Report | Directive) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_report(data: bytes) -> Report:
+    """Raises ValueError (msgspec's errors are ValueErrors) if `data` is garbled or of another protocol."""
+    report = _report_decoder.decode(data)
+    _check_protocol(report.protocol)
+    return report
+
+
+def decode_directive(data: bytes) -> Directive:
+    """Raises ValueError if `data` is garbled or of another protocol."""
+    directive = _directive_decoder.decode(data)
+    _check_protocol(directive.protocol)
+    return directive
+
+
+def _check_protocol(protocol: int) -> None:
+    if protocol != PROTOCOL:
+        raise ValueError(
+            f"protocol {protocol} is not {PROTOCOL}: engine and scheduler run different versions of llep; install the same"
+        )

@@ -1,0 +1,158 @@
+"""What people see: the scheduler answers with these, the control plane serves them, the command line prints them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from llep.config import Mode
+
+
+class View(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class EngineState(StrEnum):
+    """starting: known, but not every rank has reported; live: all ranks fresh; stale: some rank has been silent."""
+
+    STARTING = "starting"
+    LIVE = "live"
+    STALE = "stale"
+
+
+class RankView(View):
+    rank: int
+    last_seen_s: float  # unix time
+    held_revision: int
+    live_revision: int
+    memory_budget_bytes: int
+    memory_used_bytes: int
+    memory_peak_bytes: int
+
+
+class EngineView(View):
+    id: str
+    model_name: str
+    state: EngineState
+    ep_size: int
+    tp_size: int
+    dp_size: int
+    backend: str
+    quantization: str
+    dtype: str
+    vllm_version: str
+    llep_version: str
+    num_layers: int
+    num_experts: int
+    top_k: int
+    slots_per_rank: int
+    bytes_per_slot: int
+    mode: Mode  # the one that is live
+    planner: str
+    desired_revision: int
+    held_revision: int  # the newest that all ranks have received; it goes live at the next step
+    live_revision: int  # the one that every step runs under now
+    live_since_step: int
+    last_apply_error: str
+    steps: dict[str, int]
+    last_seen_s: float
+    ranks: list[RankView]
+
+
+class SettingView(View):
+    key: str
+    value: Any
+    source: str  # default, file ..., environment, additional-config, revision N
+    hot: bool
+    description: str
+
+
+class SettingsView(View):
+    """Effective settings of one engine, or of an engine that would start with defaults when none is named."""
+
+    revision: int
+    engine: str | None
+    settings: list[SettingView]
+
+
+class AppliedView(View):
+    """Where a revision stands. state: live (since step), held (received by all ranks, live from the next step), sent."""
+
+    engine: str
+    state: str
+    revision: int
+    step: int | None
+
+
+class SettingsChange(View):
+    """The answer to a change. diff: key -> [before, after]; empty where nothing changed, then no revision was made."""
+
+    revision: int
+    dry_run: bool
+    engines: list[str] | None  # None: all, also those still to come
+    diff: dict[str, list[Any]]
+    applied: list[AppliedView]
+    reverts_at_s: float | None = None  # unix time at which a mode with ttl goes back
+
+
+class RankLoads(View):
+    rank: int
+    routed_tokens: int  # pairs that plain EP would compute here
+    computed_tokens: int  # pairs computed here
+    memory_budget_bytes: int
+    memory_used_bytes: int
+    memory_peak_bytes: int
+
+
+class EngineLoads(View):
+    """Loads over the last window_s (or what there is of it). Ratios are means over layer-steps; None without a step."""
+
+    engine: str
+    model_name: str
+    window_s: float  # the window really covered
+    tokens: int  # real tokens through the model
+    layer_steps: int
+    imbalance_ratio_before: float | None
+    imbalance_ratio_after: float | None
+    lends: int
+    lend_bytes: int
+    spilled_tokens: int
+    decisions: dict[str, int]
+    layer_seconds: float  # mean over ranks of the wall time inside MoE layers
+    ranks: list[RankLoads]
+
+
+class EventKind(StrEnum):
+    SETTINGS = "settings"
+    MODE = "mode"
+    ENGINE_UP = "engine_up"
+    ENGINE_STALE = "engine_stale"
+    ENGINE_RESTARTED = "engine_restarted"
+    APPLY_FAILED = "apply_failed"
+    REPORT_REFUSED = "report_refused"
+    STORE_SET_ASIDE = "store_set_aside"
+    SCHEDULER_STARTED = "scheduler_started"
+
+
+class Event(View):
+    id: int
+    time_s: float
+    kind: EventKind
+    engine: str | None
+    author: str
+    message: str
+    data: dict[str, Any]
+
+
+class SchedulerStatus(View):
+    version: str
+    pid: int
+    started_s: float
+    store_open: bool
+    store_path: str
+    desired_revision: int
+    engines: int
+    reports_total: int
+    reports_refused_total: int

@@ -1,0 +1,1 @@
+"""The control plane of llep: HTTP, metrics and what people see."""
