@@ -32,7 +32,7 @@ def home_loads(tokens_per_expert: Loads, home_rank: Sequence[int], ep_size: int)
 def skewed_counts(
     num_ranks: int, num_experts: int, pairs_per_rank: int, hot_experts: Sequence[int], hot_share: float, seed: int
 ) -> npt.NDArray[np.int64]:
-    """Random counts [num_ranks, num_experts] with `hot_share` of each rank's pairs in `hot_experts` (paper, section 5)."""
+    """Random counts [num_ranks, num_experts]; `hot_share` of each rank's pairs go to `hot_experts` (paper, sec. 5)."""
     rng = np.random.default_rng(seed)
     weights = np.full(num_experts, (1.0 - hot_share) / max(num_experts - len(hot_experts), 1))
     weights[list(hot_experts)] = hot_share / len(hot_experts)

@@ -62,7 +62,8 @@ class Plan:
                 key = (segment.expert, segment.rank)
                 tokens[key] = tokens.get(key, 0) + segment.stop - segment.start
         return tuple(
-            Lend(expert, self.placement.home_rank[expert], rank, tokens[expert, rank]) for expert, rank in sorted(tokens)
+            Lend(expert, self.placement.home_rank[expert], rank, count)
+            for (expert, rank), count in sorted(tokens.items())
         )
 
     @property

@@ -1,0 +1,58 @@
+"""Step planners: pure functions from one batch's counts to a plan, behind `plan_step`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from llep.errors import SettingsError
+from llep.placement import Placement
+from llep.plan import Plan
+from llep.planning.home import plan_home
+from llep.planning.least_loaded import plan_least_loaded
+from llep.planning.options import PlanOptions
+
+__all__ = ["PLANNERS", "PlanOptions", "plan_step"]
+
+
+def _home(tokens_per_expert: Sequence[int], placement: Placement, options: PlanOptions) -> Plan:
+    return plan_home(tokens_per_expert, placement)
+
+
+PLANNERS: dict[str, Callable[[Sequence[int], Placement, PlanOptions], Plan]] = {
+    "home": _home,
+    "least_loaded": plan_least_loaded,
+}
+
+
+def plan_step(planner: str, counts_RE: npt.NDArray[np.int64], placement: Placement, options: PlanOptions) -> Plan:
+    """The plan of one layer and one batch; the same on every rank that passes the same arguments.
+
+    counts_RE[r, e] = token-expert pairs routed from rank r's tokens to expert e, integers >= 0. Raises SettingsError
+    for an unknown planner, ValueError for counts or limits that do not fit the placement.
+    """
+    plan = PLANNERS.get(planner)
+    if plan is None:
+        raise SettingsError(f"planner={planner!r} is unknown; choose one of {', '.join(PLANNERS)}", param="planner")
+    counts_RE = _checked(counts_RE, placement, options)
+    return plan(counts_RE.sum(axis=0).tolist(), placement, options)
+
+
+def _checked(counts_RE: npt.NDArray[np.int64], placement: Placement, options: PlanOptions) -> npt.NDArray[np.int64]:
+    """Counts as int64, or ValueError naming the first thing that is wrong."""
+    counts = np.asarray(counts_RE)
+    shape = (placement.ep_size, placement.num_experts)
+    if counts.shape != shape:
+        raise ValueError(f"counts must have shape (ranks, experts) = {shape} as the placement has, got {counts.shape}")
+    if counts.dtype.kind not in "iu":
+        raise ValueError(f"counts must be integers, got dtype {counts.dtype}")
+    if counts.size and counts.min() < 0:
+        rank, expert = np.unravel_index(int(counts.argmin()), counts.shape)
+        raise ValueError(f"counts must be >= 0, got {counts.min()} from rank {rank} to expert {expert}")
+    if options.free_bytes is not None and len(options.free_bytes) != placement.ep_size:
+        raise ValueError(
+            f"free_bytes must have one entry per rank ({placement.ep_size}), got {len(options.free_bytes)}"
+        )
+    return counts.astype(np.int64, copy=False)

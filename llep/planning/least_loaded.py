@@ -1,0 +1,111 @@
+"""The paper's least-loaded assignment (arXiv 2601.17111, Algorithms 2 and 3) under slot and byte limits: the readable
+definition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from llep.loads import home_loads, imbalance_ratio
+from llep.placement import Placement
+from llep.plan import Decision, Plan, Segment
+from llep.planning.home import plan_home
+from llep.planning.options import PlanOptions, lend_slots, max_lends
+
+
+def plan_least_loaded(tokens_per_expert: Sequence[int], placement: Placement, options: PlanOptions) -> Plan:
+    """A plan by the paper's rule, or plain EP with the reason.
+
+    Experts are taken in decreasing load; home keeps what fits under capacity = ceil(alpha * mean load), the rest goes
+    piece by piece to the least-loaded other rank. Ties break by lowest index.
+
+    Where the paper and the authors' code differ:
+    - the threshold is on rank loads, as in their code (Algorithm 4 as printed takes expert loads);
+    - a remainder below m stays at home, as in the paper's text (their code and Algorithm 3 as printed send it away);
+    - the helpers are ordered anew for each piece, as in Algorithm 3 (their code orders them once in one of its cases);
+    - alpha is 1.0 unless told, as in the paper's experiments (their code: 1.1).
+    As in both, when no helper has room for m, the least-loaded one takes the whole remainder, whatever its capacity.
+    What llep adds: only ranks with a free slot (and bytes) help, what nobody can take stays at home, and a plan whose
+    maximum load is not below plain EP's is replaced by plain EP.
+    """
+    plain = home_loads(tokens_per_expert, placement.home_rank, placement.ep_size)
+    if imbalance_ratio(plain) < options.imbalance_threshold or not any(tokens_per_expert):
+        return plan_home(tokens_per_expert, placement, Decision.BALANCED)
+    assignment = _Assignment(tokens_per_expert, plain, placement, options)
+    for expert in sorted(range(len(tokens_per_expert)), key=lambda e: -tokens_per_expert[e]):
+        assignment.assign(expert)
+    if all(s.rank == placement.home_rank[s.expert] for s in assignment.segments):
+        return plan_home(tokens_per_expert, placement, assignment.refusal())
+    if max(assignment.loads) >= max(plain):
+        return plan_home(tokens_per_expert, placement, Decision.NO_GAIN)
+    return Plan(Decision.LEND, placement, tuple(sorted(assignment.segments, key=lambda s: (s.expert, s.start))))
+
+
+class _Assignment:
+    """Algorithm 2's state. loads[rank] is a + p: what is assigned, plus what is still pending at home."""
+
+    def __init__(
+        self, tokens_per_expert: Sequence[int], plain: Sequence[int], placement: Placement, options: PlanOptions
+    ) -> None:
+        self.tokens_per_expert, self.placement, self.options = tokens_per_expert, placement, options
+        self.loads = list(plain)
+        self.capacity = math.ceil(options.capacity_factor * sum(plain) / len(plain))
+        self.slots = lend_slots(placement, options)
+        self.lends_left = max_lends(options)
+        self.segments: list[Segment] = []
+        self.refused = False
+
+    def assign(self, expert: int) -> None:
+        """Algorithm 2 for one expert: home keeps what fits, the rest is spilled."""
+        tokens, home = self.tokens_per_expert[expert], self.placement.home_rank[expert]
+        self.loads[home] -= tokens
+        kept = min(tokens, max(self.capacity - self.loads[home], 0))
+        shares = self._spill(expert, tokens - kept) if tokens - kept >= self.options.min_chunk_tokens else {}
+        kept = tokens - sum(shares.values())
+        self.loads[home] += kept
+        start = 0
+        for rank, count in ((home, kept), *shares.items()):
+            if count:
+                self.segments.append(Segment(expert, rank, start, start + count))
+                start += count
+
+    def _spill(self, expert: int, tokens: int) -> dict[int, int]:
+        """Algorithm 3: tokens by helper, in the order in which helpers were chosen."""
+        shares: dict[int, int] = {}
+        left = tokens
+        while left >= self.options.min_chunk_tokens:
+            helper, count = self._choose(expert, left, shares)
+            if not count:
+                self.refused = True
+                break
+            if helper not in shares:
+                self.slots[helper] -= 1
+                self.lends_left -= 1
+            shares[helper] = shares.get(helper, 0) + count
+            self.loads[helper] += count
+            left -= count
+        return shares
+
+    def _choose(self, expert: int, left: int, shares: dict[int, int]) -> tuple[int, int]:
+        """The helper of the next piece and its size; size 0 when no rank may help."""
+        least_loaded = -1
+        for rank in sorted(range(len(self.loads)), key=self.loads.__getitem__):
+            if not self._may_help(expert, rank, shares):
+                continue
+            count = min(left, self.capacity - self.loads[rank])
+            if count >= min(left, self.options.min_chunk_tokens):
+                return rank, count
+            least_loaded = rank if least_loaded < 0 else least_loaded
+        return least_loaded, left if least_loaded >= 0 else 0
+
+    def _may_help(self, expert: int, rank: int, shares: dict[int, int]) -> bool:
+        home, options = self.placement.home_rank[expert], self.options
+        if rank == home or (options.lend_scope == "node" and options.node_of(rank) != options.node_of(home)):
+            return False
+        return rank in shares or (self.slots[rank] > 0 and self.lends_left > 0)
+
+    def refusal(self) -> Decision:
+        """Why nothing was lent: no slot anywhere, slots but no bytes, or nothing worth lending."""
+        if not self.refused:
+            return Decision.NO_GAIN
+        return Decision.MEMORY if any(self.placement.free_slots) else Decision.NO_SLOT
