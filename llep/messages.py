@@ -1,6 +1,7 @@
 """What processes tell each other: reports go up, directives come down. Typed, compact binary (msgpack), no pickle.
 
-worker --Report--> agent --reports--> Scheduler, and the other way round: Directive.
+worker --Report--> agent --reports--> Scheduler, and the other way round: Directive. Scheduler --SchedulerSnapshot-->
+control plane, once per scrape.
 
 Everything counted in a Report is cumulative since the worker started, so a lost or doubled report does no harm: the
 next one says it all. Rank 0 speaks for its EP group about what all ranks hold alike (loads, decisions, lends); every
@@ -25,6 +26,10 @@ SECONDS_BUCKETS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 STAGES = ("before", "after")
 STEP_PHASES = ("prefill", "decode")
 LAYER_PHASES = ("count", "plan", "lend", "dispatch", "compute", "combine")
+
+
+class ProtocolMismatch(ValueError):
+    """The other side speaks another protocol."""
 
 
 class Array(msgspec.Struct, frozen=True, array_like=True):
@@ -105,6 +110,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     steps: dict[str, int]  # STEP_PHASES -> real steps
     held_revision: int  # newest settings revision this rank has received
     live_revision: int  # the revision the EP group runs
+    live_settings: dict[str, Any]  # those of live_revision, complete: the truth if the scheduler's store is lost
     live_since_step: int
     live_since_time_s: float
     last_apply_error: str  # '' or why the newest directive was refused
@@ -126,31 +132,84 @@ class Directive(msgspec.Struct, frozen=True, kw_only=True, tag="directive"):
     settings: dict[str, Any]
 
 
+class EngineName(msgspec.Struct, frozen=True):
+    engine: str
+
+
+class ReportHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """What the agent reads of a Report that it passes on: cheap, for the counts are skipped."""
+
+    info: EngineName
+    rank: int
+    incarnation: str
+    seq: int
+    held_revision: int
+    live_settings: dict[str, Any]
+
+
+class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine as the scheduler knows it: `reports` holds the newest of each rank, none before the first."""
+
+    engine: str
+    state: str  # llep.views.EngineState
+    desired_revision: int
+    last_seen_s: float  # unix time of the newest report of any rank
+    refused: dict[str, int]  # reason -> reports refused
+    reports: dict[int, Report]
+
+
+class SchedulerSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):
+    """All that a scrape of /metrics needs."""
+
+    protocol: int
+    time_s: float
+    store_open: bool
+    engines: tuple[EngineSnapshot, ...]
+
+
+class _Envelope(msgspec.Struct, frozen=True):
+    protocol: int
+
+
 _encoder = msgspec.msgpack.Encoder()
+_envelope_decoder = msgspec.msgpack.Decoder(_Envelope)
+_header_decoder = msgspec.msgpack.Decoder(ReportHeader)
 _report_decoder = msgspec.msgpack.Decoder(Report)
 _directive_decoder = msgspec.msgpack.Decoder(Directive)
+_snapshot_decoder = msgspec.msgpack.Decoder(SchedulerSnapshot)
 
 
-def encode(message: Report | Directive) -> bytes:
+def encode(message: Report | Directive | SchedulerSnapshot) -> bytes:
     return _encoder.encode(message)
 
 
+def decode_header(data: bytes) -> ReportHeader:
+    """Raises ValueError if `data` is garbled; the protocol is for the scheduler to judge."""
+    return _header_decoder.decode(data)
+
+
 def decode_report(data: bytes) -> Report:
-    """Raises ValueError (msgspec's errors are ValueErrors) if `data` is garbled or of another protocol."""
-    report = _report_decoder.decode(data)
-    _check_protocol(report.protocol)
-    return report
+    """Raises ProtocolMismatch if `data` is of another protocol, ValueError (as msgspec's errors are) if garbled."""
+    _check_protocol(data)
+    return _report_decoder.decode(data)
 
 
 def decode_directive(data: bytes) -> Directive:
-    """Raises ValueError if `data` is garbled or of another protocol."""
-    directive = _directive_decoder.decode(data)
-    _check_protocol(directive.protocol)
-    return directive
+    """Raises ProtocolMismatch if `data` is of another protocol, ValueError if garbled."""
+    _check_protocol(data)
+    return _directive_decoder.decode(data)
 
 
-def _check_protocol(protocol: int) -> None:
+def decode_snapshot(data: bytes) -> SchedulerSnapshot:
+    """Raises ProtocolMismatch if `data` is of another protocol, ValueError if garbled."""
+    _check_protocol(data)
+    return _snapshot_decoder.decode(data)
+
+
+def _check_protocol(data: bytes) -> None:
+    """First of all, because a message of another protocol need not have our fields."""
+    protocol = _envelope_decoder.decode(data).protocol
     if protocol != PROTOCOL:
-        raise ValueError(
-            f"protocol {protocol} is not {PROTOCOL}: engine and scheduler run different versions of llep; install the same"
+        raise ProtocolMismatch(
+            f"protocol {protocol} is not {PROTOCOL}: engine and scheduler run different versions of llep"
         )
