@@ -45,6 +45,12 @@ class SchedulerUnreachable(LlepError):
     code = "scheduler_unreachable"
 
 
+class StoreUnavailable(LlepError):
+    """The scheduler's state folder can't be written, so nothing that must last can be accepted."""
+
+    code = "store_unavailable"
+
+
 class UnsupportedConfiguration(LlepError):
     """The engine is configured in a way that llep can't work with."""
 
@@ -53,5 +59,8 @@ class UnsupportedConfiguration(LlepError):
 
 ERRORS_BY_CODE: dict[str, type[LlepError]] = {
     cls.code: cls
-    for cls in (LlepError, SettingsError, UnknownEngine, RevisionConflict, SchedulerUnreachable, UnsupportedConfiguration)
+    for cls in (
+        *(LlepError, SettingsError, UnknownEngine, RevisionConflict),
+        *(SchedulerUnreachable, StoreUnavailable, UnsupportedConfiguration),
+    )
 }
