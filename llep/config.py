@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -75,6 +76,15 @@ def _ranges(numbers: list[int]) -> Iterable[str]:
             yield str(start) if start == previous else f"{start}-{previous}"
             start = number if number is not None else start
         previous = number if number is not None else previous
+
+
+@lru_cache(maxsize=64)
+def layer_numbers(layers: str) -> frozenset[int] | None:
+    """The numbers in a valid `layers` setting; None for 'all'."""
+    if layers == "all":
+        return None
+    bounds = [part.partition("-") for part in layers.split(",")]
+    return frozenset(n for first, _, last in bounds for n in range(int(first), int(last or first) + 1))
 
 
 Layers = Annotated[str, BeforeValidator(parse_layers)]

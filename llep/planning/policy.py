@@ -1,0 +1,55 @@
+"""What the settings say about one layer of one step: leave it to plain EP, or ask the planner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from llep.config import Mode, Phases, Settings, layer_numbers
+from llep.placement import Placement
+from llep.plan import Decision, Plan
+from llep.planning import PlanOptions, plan_step
+from llep.planning.home import plan_home
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all ranks know of a forward pass before its first layer. tokens: real tokens over all ranks."""
+
+    phase: str
+    tokens: int
+
+
+def may_plan(settings: Settings, step: Step, layer_number: int) -> Decision | None:
+    """Why this layer is left to plain EP whatever its loads are, or None if the planner is asked."""
+    if settings.mode in (Mode.OFF, Mode.OBSERVE) or settings.phases not in (Phases.BOTH, step.phase):
+        return Decision.OFF
+    chosen = layer_numbers(settings.layers)
+    if chosen is not None and layer_number not in chosen:
+        return Decision.OFF
+    return Decision.SMALL_BATCH if step.tokens < settings.min_batch_tokens else None
+
+
+def decide(
+    settings: Settings,
+    step: Step,
+    layer_number: int,
+    counts_RE: npt.NDArray[np.int64],
+    placement: Placement,
+    bytes_per_expert: int,
+) -> Plan:
+    """The plan of one layer: the same on every rank that holds the same counts and settings."""
+    reason = may_plan(settings, step, layer_number)
+    if reason is not None:
+        return plan_home(counts_RE.sum(axis=0).tolist(), placement, reason)
+    options = PlanOptions(
+        imbalance_threshold=settings.imbalance_threshold,
+        capacity_factor=settings.capacity_factor,
+        min_chunk_tokens=settings.min_chunk_tokens,
+        bytes_per_expert=bytes_per_expert,
+        max_lend_bytes=settings.max_lend_bytes_per_layer,
+        phase="prefill" if step.phase == "prefill" else "decode",
+    )
+    return plan_step(settings.planner.value, counts_RE, placement, options)

@@ -1,0 +1,28 @@
+"""The vLLM plugin: every name of vLLM that llep uses is in this folder."""
+
+from __future__ import annotations
+
+TESTED_VLLM = ("0.32.",)
+
+
+def register() -> None:
+    """Entry point in `vllm.general_plugins`: puts llep's MoE runner in place of vLLM's, in every process of an engine.
+
+    Harmless when called twice. With an untested vLLM it says so loudly and leaves vLLM as it is.
+    """
+    import logging
+
+    import vllm
+
+    logger = logging.getLogger("vllm.llep")
+    if not vllm.__version__.startswith(TESTED_VLLM):
+        logger.error(
+            "llep is NOT active: vLLM %s is not in the tested range %s. Install a tested vLLM, or set VLLM_PLUGINS='' to "
+            "silence this.",
+            vllm.__version__,
+            " ".join(f"{version}x" for version in TESTED_VLLM),
+        )
+        return
+    from llep.vllm_plugin.runner import put_in_place
+
+    put_in_place()

@@ -1,0 +1,101 @@
+"""The worker's side of the talk with the agent: a thread that sends reports and takes directives over ZMQ.
+
+Workers never join Ray: a process that has joined dies when Ray's control store stays away. Rank 0 starts the agent,
+which joins, and starts it again whenever it is gone. Nothing here can hold up or fail a forward pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+
+from llep.messages import Directive, Report, decode_directive, encode
+
+logger = logging.getLogger("vllm.llep")
+
+LONGEST_RESTART_PAUSE_S = 20.0
+STEADY_AFTER_S = 30.0
+
+
+class AgentProcess:
+    """The agent beside this engine, started again with growing pauses when it is gone."""
+
+    def __init__(self, socket: str, engine: str) -> None:
+        self._command = [
+            *(sys.executable, "-m", "llep.scheduler.agent"),
+            *("--socket", socket, "--engine", engine, "--parent-pid", str(os.getpid())),
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_s = 0.0
+        self._pause_s = 1.0
+
+    def keep_running(self) -> None:
+        """Start the agent if it is not running and its pause is over."""
+        now = time.monotonic()
+        if self._process is not None and self._process.poll() is None:
+            if now - self._started_s > STEADY_AFTER_S:
+                self._pause_s = 1.0
+            return
+        if self._process is not None:
+            if now - self._started_s < self._pause_s:
+                return
+            logger.warning("llep: the agent ended with status %s; starting it again", self._process.returncode)
+            self._pause_s = min(2 * self._pause_s, LONGEST_RESTART_PAUSE_S)
+        # A session of its own: Ctrl-C on the terminal is for the server, and the agent follows its parent.
+        self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, start_new_session=True)
+        self._started_s = now
+
+
+class Courier(threading.Thread):
+    """Sends make_report() every interval_s() seconds and hands each directive to take_directive.
+
+    Reports are cumulative: one that can't be sent is dropped, the next one says it all.
+    """
+
+    def __init__(
+        self,
+        socket: str,
+        make_report: Callable[[], Report],
+        take_directive: Callable[[Directive], None],
+        interval_s: Callable[[], float],
+        agent: AgentProcess | None,
+    ) -> None:
+        super().__init__(name="llep-courier", daemon=True)
+        self._socket_path = socket
+        self._make_report = make_report
+        self._take_directive = take_directive
+        self._interval_s = interval_s
+        self._agent = agent
+
+    def run(self) -> None:
+        Path(self._socket_path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        socket = zmq.Context.instance().socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, 2)
+        socket.setsockopt(zmq.RECONNECT_IVL, 200)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        socket.connect(f"ipc://{self._socket_path}")
+        next_report_s = 0.0
+        while True:
+            try:
+                if self._agent is not None:
+                    self._agent.keep_running()
+                now = time.monotonic()
+                if now >= next_report_s:
+                    next_report_s = now + self._interval_s()
+                    socket.send(encode(self._make_report()), zmq.NOBLOCK)
+                if socket.poll(int(1000 * min(max(next_report_s - time.monotonic(), 0.01), 1.0))):
+                    self._take_directive(decode_directive(socket.recv()))
+            except zmq.Again:
+                pass  # the agent is away: the next report says it all
+            except (ValueError, OSError, zmq.ZMQError) as error:
+                logger.warning("llep: the talk with the agent failed, serving goes on: %s", error)
+                time.sleep(1.0)

@@ -1,0 +1,113 @@
+"""vLLM's experts of one layer on one rank, as llep's layer wants them: what is lent, and how to compute with it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe import modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPrepareAndFinalizeNoDPEPModular
+
+from llep.errors import UnsupportedConfiguration
+
+# Activation scales that all experts share: broadcast views, not weights of an expert.
+_SHARED_BY_EXPERTS = ("w13_input_scale", "w2_input_scale")
+
+
+class VllmExperts:
+    """Wraps vLLM's RoutedExperts after its weights are loaded and repacked.
+
+    The unchanged kernel runs on rows that were gathered for it, one (token, expert) pair a row, with no expert map:
+    every row's expert is in the bank it is computed with.
+    """
+
+    def __init__(self, routed_experts: Any) -> None:
+        self._routed = routed_experts
+        self.top_k: int = routed_experts.top_k
+        self.gate_on_input: bool = routed_experts.apply_router_weight_on_input
+        self.weights: dict[str, torch.Tensor] = _lendable(routed_experts)
+        self._home_kernel = _local_kernel(_fused_experts(routed_experts))
+        self._pool_kernel: mk.FusedMoEKernel | None = None
+
+    @property
+    def local_map_E(self) -> torch.Tensor:
+        """[E] int64: the row of each expert in this rank's weights, -1 for those that live elsewhere."""
+        expert_map: torch.Tensor | None = self._routed._expert_map
+        if expert_map is None:
+            raise UnsupportedConfiguration("this layer has no expert map: start vLLM with --enable-expert-parallel")
+        return expert_map.to(torch.int64)
+
+    def prepare_pool(self, pool: Mapping[str, torch.Tensor]) -> None:
+        """Make the kernel that computes with borrowed weights: vLLM's own, over a copy of the layer that holds `pool`."""
+        view = copy.copy(self._routed)
+        view._parameters = {
+            **self._routed._parameters,
+            **{name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in pool.items()},
+        }
+        experts = copy.copy(_fused_experts(self._routed))
+        experts.quant_config = self._routed.quant_method.get_fused_moe_quant_config(view)
+        self._pool_kernel = _local_kernel(experts)
+
+    def compute(
+        self, bank: Mapping[str, torch.Tensor], rows_PH: torch.Tensor, experts_P: torch.Tensor, gates_P: torch.Tensor
+    ) -> torch.Tensor:
+        """gate x expert(row) of each row -> [P, H]; see llep.moe.layer.Experts."""
+        kernel = self._home_kernel if bank is self.weights else self._pool_kernel
+        assert kernel is not None
+        output_PH: torch.Tensor = kernel.apply(
+            hidden_states=rows_PH,
+            w1=bank["w13_weight"],
+            w2=bank["w2_weight"],
+            topk_weights=gates_P[:, None].to(torch.float32),
+            topk_ids=experts_P[:, None].to(torch.int32),
+            activation=self._routed.activation,
+            global_num_experts=bank["w13_weight"].shape[0],
+            expert_map=None,
+            apply_router_weight_on_input=self.gate_on_input,
+        )
+        return output_PH
+
+
+def _local_kernel(experts: mk.FusedMoEExpertsModular) -> mk.FusedMoEKernel:
+    """A kernel that computes the rows it is given, where they are: llep has moved them already."""
+    return mk.FusedMoEKernel(MoEPrepareAndFinalizeNoDPEPModular(), experts)
+
+
+def _fused_experts(routed_experts: Any) -> mk.FusedMoEExpertsModular:
+    method = routed_experts.quant_method
+    kernel = method.moe_kernel
+    experts = None if kernel is None else kernel.fused_experts
+    if not isinstance(experts, mk.FusedMoEExpertsModular) or (
+        experts.activation_format() != mk.FusedMoEActivationFormat.Standard
+    ):
+        raise UnsupportedConfiguration(
+            f"{type(method).__name__} computes its experts with {type(experts).__name__}, a monolithic or batched kernel "
+            "that llep can't give rows to: choose another with --moe-backend (triton, for one), or set LLEP_MODE=off and "
+            "VLLM_PLUGINS=''"
+        )
+    return experts
+
+
+def _lendable(routed_experts: Any) -> dict[str, torch.Tensor]:
+    """Every tensor whose first dimension is local experts: weights, scales, biases, packed or not."""
+    weights = {
+        name: parameter.data
+        for name, parameter in routed_experts.named_parameters(recurse=False)
+        if name not in _SHARED_BY_EXPERTS and parameter.ndim > 0
+    }
+    for name, tensor in weights.items():
+        if tensor.shape[0] != routed_experts.local_num_experts or not tensor.is_contiguous():
+            raise UnsupportedConfiguration(
+                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; llep lends tensors that are "
+                f"contiguous and have the {routed_experts.local_num_experts} local experts as their first dimension: "
+                "choose another --moe-backend"
+            )
+    for name in ("w13_weight", "w2_weight"):
+        if name not in weights:
+            raise UnsupportedConfiguration(
+                f"{type(routed_experts.quant_method).__name__} keeps no {name} tensor that llep could lend: choose another "
+                "--moe-backend"
+            )
+    return weights

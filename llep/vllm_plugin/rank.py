@@ -1,0 +1,330 @@
+"""What all MoE layers of one rank share: the EP group, the lending pool, the agreed settings, the load window."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import vllm
+from vllm.config import VllmConfig
+from vllm.distributed import get_ep_group
+from vllm.forward_context import ForwardContext
+
+from llep import __version__
+from llep.config import Mode, Settings, load_settings
+from llep.errors import UnsupportedConfiguration
+from llep.loads import home_loads
+from llep.messages import PROTOCOL, EngineInfo, Report
+from llep.moe.agreement import HEADER_SIZE, AgreedSettings, agreed_step
+from llep.moe.layer import Counts, LayerResult, LeastLoadedMoE
+from llep.moe.slots import LendingPool, bytes_per_expert
+from llep.moe.transport import Transport
+from llep.moe.window import LoadWindow
+from llep.placement import Placement
+from llep.plan import Plan
+from llep.planning.home import plan_home
+from llep.planning.policy import Step, decide, may_plan
+from llep.vllm_plugin.courier import AgentProcess, Courier
+from llep.vllm_plugin.experts import VllmExperts
+
+logger = logging.getLogger("vllm.llep")
+
+
+@dataclass(frozen=True, slots=True)
+class RankStep:
+    """One forward pass on this rank. rows: how many of its tokens take part; the rest are padding or dummy."""
+
+    step: Step
+    settings: Settings
+    rows: int
+    is_real: bool
+
+
+@dataclass(slots=True)
+class RankLayer:
+    """One MoE layer on this rank. index: its place among the MoE layers; number: the model's number of the layer."""
+
+    index: int
+    number: int
+    experts: VllmExperts
+    placement: Placement
+    local_ids: tuple[int, ...]
+    moe: LeastLoadedMoE
+    bytes_per_expert: int
+
+
+class Rank:
+    """One per worker process. Layers add themselves once their weights are in their final form."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        parallel = vllm_config.parallel_config
+        additional = vllm_config.additional_config
+        start = additional.get("llep", {}) if isinstance(additional, dict) else {}
+        settings, self._sources = load_settings(start)
+        self.config = vllm_config
+        self.is_replicated = parallel.data_parallel_size == 1
+        self.agreed = AgreedSettings(settings)
+        self._start_settings = settings
+        self.layers: list[RankLayer] = []
+        self._pools: dict[tuple[Any, ...], LendingPool] = {}
+        self._window: LoadWindow | None = None
+        self._step_number = 0
+        self._steps = {"prefill": 0, "decode": 0}
+        self._current: RankStep | None = None
+        self._report_seq = 0
+        group = get_ep_group()
+        self._transport = Transport(group.ranks, group.device, settings.watchdog_s)
+        seed = torch.tensor([secrets.randbits(62)], dtype=torch.int64, device=group.device)
+        self._transport.broadcast(seed, "naming of the engine's incarnation")
+        self._incarnation = f"{int(seed):016x}"
+
+    # -- at start ------------------------------------------------------------------------------------------------
+
+    def add_layer(self, layer_name: str, routed_experts: Any) -> RankLayer:
+        """Take in one layer whose weights are loaded and in their final form; every rank enters it, in layer order."""
+        experts = VllmExperts(routed_experts)
+        pool = self._pool_for(experts.weights)
+        experts.prepare_pool(pool.tensors)
+        home_rank, local_ids = self._home_of_experts(experts)
+        layer = RankLayer(
+            index=len(self.layers),
+            number=_layer_number(layer_name),
+            experts=experts,
+            placement=Placement(home_rank, (pool.slots,) * self._transport.size),
+            local_ids=local_ids,
+            moe=LeastLoadedMoE(experts, self._transport, pool, home_rank, local_ids),
+            bytes_per_expert=bytes_per_expert(experts.weights),
+        )
+        self.layers.append(layer)
+        return layer
+
+    def _pool_for(self, weights: Mapping[str, torch.Tensor]) -> LendingPool:
+        """The pool for experts of this shape: one for all layers that have it."""
+        shape = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in weights.items())
+        if shape not in self._pools:
+            settings = self._start_settings
+            pool = LendingPool.reserve(weights, settings.slots_per_rank, settings.memory_budget_bytes)
+            self._pools[shape] = pool
+            logger.info(
+                "llep: lending pool reserved: %d bytes per rank (%d slots of %d bytes), shared by all layers of this "
+                "shape, before the KV cache is sized",
+                pool.bytes,
+                pool.slots,
+                bytes_per_expert(weights),
+            )
+        return self._pools[shape]
+
+    def _home_of_experts(self, experts: VllmExperts) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(home rank, row in the home rank's weights) of each expert, from what all ranks say they own."""
+        owned_RE = self._transport.gather(experts.local_map_E, "exchange of home ranks").cpu().numpy()
+        owners = (owned_RE >= 0).sum(axis=0)
+        if (owners != 1).any():
+            expert = int((owners != 1).argmax())
+            raise UnsupportedConfiguration(
+                f"expert {expert} has {owners[expert]} home ranks, llep wants exactly 1: switch off redundant experts "
+                "(--eplb-config num_redundant_experts) and --enable-eplb"
+            )
+        home_rank = owned_RE.argmax(axis=0)
+        return tuple(home_rank.tolist()), tuple(owned_RE.max(axis=0).tolist())
+
+    def start_reporting(self) -> None:
+        """Begin to report, once: called before the first step, when all layers are known."""
+        first = self.layers[0]
+        self._window = LoadWindow(
+            num_layers=len(self.layers),
+            ep_size=self._transport.size,
+            num_experts=len(first.local_ids),
+            top_k=first.experts.top_k,
+            bytes_per_lend=first.bytes_per_expert,
+        )
+        self._info = self._engine_info(first)
+        socket = str(Path(tempfile.gettempdir()) / f"llep-{os.getuid()}" / f"{self._incarnation}.sock")
+        is_first = self._transport.rank == 0
+        agent = AgentProcess(socket, self._info.engine) if is_first and has_scheduler() else None
+        interval_s = lambda: self.agreed.live.settings.report_interval_s  # noqa: E731
+        if has_scheduler():
+            Courier(socket, self.report, self.agreed.offer, interval_s, agent).start()
+        elif is_first:
+            logger.info("llep: LLEP_RAY_ADDRESS is not set: no scheduler, the settings at start hold while this engine runs")
+
+    def _engine_info(self, layer: RankLayer) -> EngineInfo:
+        config = self.config
+        model = config.model_config
+        name = model.served_model_name
+        model_name = name[0] if isinstance(name, list) else name
+        pool = next(iter(self._pools.values()))
+        return EngineInfo(
+            engine=os.environ.get("LLEP_ENGINE") or model_name.rstrip("/").rpartition("/")[2],
+            model_name=model_name,
+            llep_version=__version__,
+            vllm_version=vllm.__version__,
+            backend=self._transport.device.type,
+            quantization=model.quantization or "none",
+            dtype=str(model.dtype).removeprefix("torch."),
+            ep_size=self._transport.size,
+            tp_size=config.parallel_config.tensor_parallel_size,
+            dp_size=config.parallel_config.data_parallel_size,
+            layer_numbers=tuple(layer.number for layer in self.layers),
+            num_experts=len(layer.local_ids),
+            top_k=layer.experts.top_k,
+            slots_per_rank=pool.slots,
+            bytes_per_slot=layer.bytes_per_expert,
+            max_model_len=model.max_model_len,
+            settings=self._start_settings.dump(),
+            setting_sources=self._sources,
+        )
+
+    # -- every step ----------------------------------------------------------------------------------------------
+
+    def begin_layer(self, layer: RankLayer, context: ForwardContext, num_tokens: int) -> RankStep:
+        """This layer's step; before the first layer, all ranks agree on it. Every rank enters it."""
+        if layer.index == 0 or self._current is None:
+            self._current = self._agree_on_step(context, num_tokens)
+        return self._current
+
+    def _agree_on_step(self, context: ForwardContext, num_tokens: int) -> RankStep:
+        if self._window is None:
+            self.start_reporting()
+        self._step_number += 1
+        real_tokens, is_prefill = tokens_of(context, num_tokens)
+        is_dummy = real_tokens is None
+        header = self.agreed.header(
+            self._step_number, num_tokens if real_tokens is None else real_tokens, is_dummy=is_dummy, is_prefill=is_prefill
+        )
+        row = torch.from_numpy(header).to(self._transport.device)
+        headers = self._transport.gather(row, "agreement on the step").cpu().numpy().reshape(-1, HEADER_SIZE)
+        before = self.agreed.live.number
+        self.agreed.agree(headers)
+        settings = self.agreed.live.settings
+        if self.agreed.live.number != before:
+            logger.info("llep: settings revision %d is live from step %d", self.agreed.live.number, self._step_number)
+        step, is_real = agreed_step(headers, is_replicated=self.is_replicated)
+        # Until the first real step ranks may compile kernels for minutes, each at its own pace.
+        self._transport.watchdog_s = settings.watchdog_s if any(self._steps.values()) else 1800.0
+        if is_real:
+            self._steps[step.phase] += 1
+        rows = num_tokens if real_tokens is None and not is_real else real_tokens or 0
+        return RankStep(step, settings, rows, is_real)
+
+    def run_layer(
+        self,
+        layer: RankLayer,
+        step: RankStep,
+        hidden_TH: torch.Tensor,
+        gates_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        """This rank's output of the routed experts [T, H]: a partial sum in TP-EP, whole in DP-EP. Every rank enters it."""
+        start = time.perf_counter()
+        rows = step.rows
+        decide_plan = partial(self._decide, layer, step)
+        moe = layer.moe
+        if self.is_replicated:
+            agree = may_plan(step.settings, step.step, layer.number) is None
+            result = moe.forward_replicated(hidden_TH[:rows], gates_TK[:rows], ids_TK[:rows], decide_plan, agree=agree)
+        else:
+            result = moe.forward_sharded(
+                hidden_TH[:rows],
+                gates_TK[:rows],
+                ids_TK[:rows],
+                decide_plan,
+                gate_on_input=layer.experts.gate_on_input,
+            )
+        if step.is_real and step.settings.mode is not Mode.OFF:
+            self._record(layer, step, result, time.perf_counter() - start)
+        if rows == len(hidden_TH):
+            return result.output_TH
+        output_TH = torch.zeros_like(hidden_TH)
+        output_TH[:rows] = result.output_TH
+        return output_TH
+
+    def _decide(self, layer: RankLayer, step: RankStep, counts_QE: Counts) -> Plan:
+        planned = self._plan(layer, step, counts_QE)
+        if step.settings.mode is Mode.SHADOW:
+            return plan_home(counts_QE.sum(axis=0).tolist(), layer.placement, planned.decision)
+        return planned
+
+    def _plan(self, layer: RankLayer, step: RankStep, counts_QE: Counts) -> Plan:
+        counts_RE = np.zeros((self._transport.size, counts_QE.shape[1]), dtype=np.int64)
+        counts_RE[: len(counts_QE)] = counts_QE
+        return decide(step.settings, step.step, layer.number, counts_RE, layer.placement, layer.bytes_per_expert)
+
+    def _record(self, layer: RankLayer, step: RankStep, result: LayerResult, seconds: float) -> None:
+        assert self._window is not None
+        is_moved = step.settings.mode is not Mode.SHADOW
+        planned = result.plan if is_moved else self._plan(layer, step, result.counts_RE)
+        tokens_per_expert = result.counts_RE.sum(axis=0)
+        loads = home_loads(tokens_per_expert, layer.placement.home_rank, layer.placement.ep_size)
+        rank = self._transport.rank
+        slots_used = sum(lend.dst_rank == rank for lend in planned.lends) if is_moved else 0
+        self._window.record(layer.index, result.counts_RE, planned, loads, is_moved, slots_used)
+        self._window.record_times(result.times, seconds)
+
+    # -- what this rank tells ------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """This rank's view now; called by the courier's thread."""
+        window = self._window
+        assert window is not None
+        self._report_seq += 1
+        agreed = self.agreed
+        per_slot = self._info.bytes_per_slot
+        with window.lock:
+            return Report(
+                protocol=PROTOCOL,
+                info=self._info,
+                rank=self._transport.rank,
+                incarnation=self._incarnation,
+                seq=self._report_seq,
+                time_s=time.time(),
+                step=self._step_number,
+                steps=dict(self._steps),
+                held_revision=agreed.held.number,
+                live_revision=agreed.live.number,
+                live_settings=agreed.live.settings.dump(),
+                live_since_step=agreed.live_since_step,
+                live_since_time_s=agreed.live_since_time_s,
+                last_apply_error=agreed.last_error,
+                phase_seconds=window.phase_seconds(),
+                layer_seconds=window.layer_seconds,
+                memory_budget_bytes=sum(pool.bytes for pool in self._pools.values()),
+                memory_used_bytes=window.slots_used * per_slot,
+                memory_peak_bytes=window.slots_peak * per_slot,
+                errors=dict(window.errors),
+                group=window.group_loads() if self._transport.rank == 0 else None,
+            )
+
+
+def has_scheduler() -> bool:
+    """Whether this engine was told where Ray is; without it no agent is started."""
+    return bool(os.environ.get("LLEP_RAY_ADDRESS"))
+
+
+def tokens_of(context: ForwardContext, num_tokens: int) -> tuple[int | None, bool]:
+    """(real tokens of this rank's batch, whether it has prefill); None for a dummy, profiling or warm-up batch."""
+    metadata = context.attn_metadata
+    if not metadata:
+        return None, False
+    assert isinstance(metadata, dict), "micro-batching (DBO) was refused at start"
+    first = next(iter(metadata.values()))
+    real_tokens = min(int(first.num_actual_tokens), num_tokens)
+    # One query token per request is decode; anything longer is a prefill, or a chunk of one.
+    longest = getattr(first, "max_query_len", None)
+    is_prefill = longest > 1 if longest is not None else first.num_prefills > 0
+    return real_tokens, bool(is_prefill)
+
+
+def _layer_number(layer_name: str) -> int:
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return int(extract_layer_index(layer_name))

@@ -1,0 +1,200 @@
+"""LeastLoadedMoERunner: in place of vLLM's MoERunner, for every MoE model, by vLLM's own mechanism for that."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.platforms import current_platform
+
+from llep.config import Mode
+from llep.errors import UnsupportedConfiguration
+from llep.vllm_plugin.rank import Rank, RankLayer, RankStep
+
+logger = logging.getLogger("vllm.llep")
+
+# What LeastLoadedMoERunner overrides, as vLLM defines it: a vLLM that changed it is refused, not guessed at.
+_EXPECTED_PARAMETERS = {
+    "_apply_quant_method": (
+        *("self", "hidden_states", "router_logits", "shared_experts_input", "input_ids", "shared_experts_overlapping"),
+    ),
+    "_forward_impl": ("self", "hidden_states", "router_logits", "shared_experts_input", "input_ids"),
+    "_maybe_dispatch": ("self", "hidden_states", "router_logits"),
+    "_maybe_combine": ("self", "shared_output", "hidden_states"),
+    "_select_forward": ("self",),
+}
+
+_rank: Rank | None = None
+
+
+class _WeightsReady(QuantizeMethodBase):  # type: ignore[misc]
+    """vLLM calls `process_weights_after_loading` on each module that has a quant_method, in module order: on this one
+    right after its layer's experts, whose weights are then in their final form, and before the KV cache is sized."""
+
+    requires_device_loading = False
+
+    def __init__(self, runner: LeastLoadedMoERunner) -> None:
+        self._runner = runner
+
+    def create_weights(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def apply(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise AssertionError("holds no weights")
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self._runner.take_weights()
+
+
+class LeastLoadedMoERunner(MoERunner):  # type: ignore[misc]
+    """Routes as vLLM does, then computes the routed experts under llep's plan instead of plain EP.
+
+    Without expert parallelism, under CUDA-graph capture, in mode off and for small batches where vLLM's own expert
+    parallelism works, everything is left to vLLM.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._rank: Rank | None = None
+        self._layer: RankLayer | None = None
+        self._step: RankStep | None = None
+        if self.moe_config.ep_size > 1:
+            self._rank = _join(get_current_vllm_config(), self)
+            ready = torch.nn.Module()
+            ready.quant_method = _WeightsReady(self)
+            self._llep_weights_ready = ready  # the last child: vLLM visits it after the experts
+
+    def take_weights(self) -> None:
+        """Reserve the pool and make ready to compute, once this layer's weights are in their final form."""
+        assert self._rank is not None
+        if self._layer is None:
+            self._layer = self._rank.add_layer(self.layer_name, self.routed_experts)
+
+    def _select_forward(self) -> Callable[..., Any]:
+        if self.moe_config.ep_size == 1:
+            return super()._select_forward()  # type: ignore[no-any-return]
+        # An opaque operator, also on CPU, where vLLM would let the compiler trace into the runner.
+        has_shared = self._shared_experts is not None
+        return torch.ops.vllm.moe_forward_shared if has_shared else torch.ops.vllm.moe_forward  # type: ignore[no-any-return]
+
+    def _forward_impl(
+        self,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        shared_experts_input: torch.Tensor | None,
+        input_ids: torch.Tensor | None = None,
+    ) -> Any:
+        self._step = self._begin_step(len(hidden_states))
+        return super()._forward_impl(hidden_states, router_logits, shared_experts_input, input_ids)
+
+    def _begin_step(self, num_tokens: int) -> RankStep | None:
+        """The step, if llep computes this layer in it; None leaves the layer to vLLM. The same on all ranks."""
+        if self._layer is None:
+            return None
+        assert self._rank is not None
+        context = get_forward_context()
+        if context.cudagraph_runtime_mode != CUDAGraphMode.NONE:
+            return None
+        step = self._rank.begin_layer(self._layer, context, num_tokens)
+        if current_platform.is_cpu():
+            return step  # vLLM has no working expert parallelism of its own on CPU
+        settings = step.settings
+        is_left_alone = settings.mode is Mode.OFF or step.step.tokens < settings.min_batch_tokens
+        return None if is_left_alone else step
+
+    def _maybe_dispatch(
+        self, hidden_states: torch.Tensor, router_logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._step is None:
+            return super()._maybe_dispatch(hidden_states, router_logits)  # type: ignore[no-any-return]
+        return hidden_states, router_logits
+
+    def _maybe_combine(self, shared_output: torch.Tensor | None, hidden_states: Any) -> Any:
+        if self._step is None:
+            return super()._maybe_combine(shared_output, hidden_states)
+        return hidden_states if shared_output is None else (shared_output, hidden_states)
+
+    def _apply_quant_method(
+        self,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        shared_experts_input: torch.Tensor | None,
+        input_ids: torch.Tensor | None = None,
+        shared_experts_overlapping: bool = False,
+    ) -> tuple[torch.Tensor | None, Any]:
+        if self._step is None:
+            return super()._apply_quant_method(  # type: ignore[no-any-return]
+                hidden_states, router_logits, shared_experts_input, input_ids, shared_experts_overlapping
+            )
+        assert self._rank is not None and self._layer is not None
+        self._maybe_apply_shared_experts(shared_experts_input, SharedExpertsOrder.NO_OVERLAP)
+        gates_TK, ids_TK = self.router.select_experts(
+            hidden_states=hidden_states,
+            router_logits=router_logits,
+            topk_indices_dtype=self._quant_method.topk_indices_dtype,
+            input_ids=input_ids,
+        )
+        routed_TH = self._rank.run_layer(self._layer, self._step, hidden_states, gates_TK, ids_TK)
+        if self._shared_experts is None:
+            return None, routed_TH
+        if shared_experts_overlapping:
+            self._shared_experts.wait()
+        return self._shared_experts.output, routed_TH
+
+
+def put_in_place() -> None:
+    """Register LeastLoadedMoERunner with vLLM, once. Raises UnsupportedConfiguration if vLLM's runner has changed."""
+    for method, expected in _EXPECTED_PARAMETERS.items():
+        found = tuple(inspect.signature(getattr(MoERunner, method)).parameters)
+        if found != expected:
+            raise UnsupportedConfiguration(
+                f"vLLM's MoERunner.{method} takes {found}, llep knows {expected}: install a tested vLLM, or set "
+                "VLLM_PLUGINS='' to run without llep"
+            )
+    if "MoERunner" not in op_registry_oot:
+        MoERunner.register_oot(name="MoERunner")(LeastLoadedMoERunner)
+
+
+def _join(config: VllmConfig, runner: LeastLoadedMoERunner) -> Rank:
+    """This process's Rank, made by its first MoE layer."""
+    global _rank
+    _refuse_conflicts(config, runner)
+    if _rank is None or _rank.config is not config:
+        _rank = Rank(config)
+    return _rank
+
+
+def _refuse_conflicts(config: VllmConfig, runner: LeastLoadedMoERunner) -> None:
+    """Raise UnsupportedConfiguration, naming the way out, for what llep can't balance exactly."""
+    parallel = config.parallel_config
+    moe = runner.moe_config
+    conflicts = [
+        (parallel.enable_eplb, "--enable-eplb moves experts' homes while llep lends them", "drop --enable-eplb"),
+        (
+            parallel.tensor_parallel_size > 1 and parallel.data_parallel_size > 1,
+            f"--tensor-parallel-size {parallel.tensor_parallel_size} with --data-parallel-size "
+            f"{parallel.data_parallel_size} would send every token {parallel.tensor_parallel_size} times",
+            "use one of the two with --enable-expert-parallel",
+        ),
+        (config.lora_config is not None, "LoRA on experts is not lent with them", "drop --enable-lora"),
+        (parallel.use_ubatching, "micro-batching (DBO) runs two steps at once", "drop --enable-dbo"),
+        (moe.is_sequence_parallel, "sequence parallelism splits the tokens of a rank", "switch sequence parallelism off"),
+        (moe.pcp_size > 1, "prefill context parallelism splits a rank's tokens", "drop --prefill-context-parallel-size"),
+        (runner.is_monolithic, "the MoE kernel is monolithic: it routes by itself", "choose another --moe-backend"),
+        (parallel.all2all_backend == "moonep", "--all2all-backend moonep balances by itself", "choose another backend"),
+    ]
+    for is_conflict, problem, way_out in conflicts:
+        if is_conflict:
+            raise UnsupportedConfiguration(
+                f"llep can't work here: {problem}. Either {way_out}, or run without llep (VLLM_PLUGINS='')."
+            )
