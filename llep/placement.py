@@ -1,32 +1,49 @@
-"""Where weights live across steps."""
+"""Where weights live across steps: the home rank and resident replicas of each expert, and free slots per rank."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Placement:
-    """Home rank of each expert of one layer, and the slots each rank has free for lends.
+    """The weights of one layer on the ranks of an EP group. ValueError when it contradicts itself.
 
     home_rank[expert] is a rank in 0..ep_size-1; free_slots[rank] bounds the experts lent to that rank in one step.
+    replicas are the (expert, rank) pairs of second copies that stay across steps; the slots they fill are not free.
     """
 
     home_rank: tuple[int, ...]
     free_slots: tuple[int, ...]
+    replicas: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.free_slots:
             raise ValueError("free_slots must have one entry per rank, got none: an EP group has at least 1 rank")
         for rank, slots in enumerate(self.free_slots):
-            if slots < 0:
-                raise ValueError(f"free_slots must be >= 0, got {slots} for rank {rank}")
-        for expert, rank in enumerate(self.home_rank):
-            if not 0 <= rank < len(self.free_slots):
-                raise ValueError(
-                    f"home_rank must be in 0..{len(self.free_slots) - 1}, got {rank} for expert {expert}"
-                )
+            if not 0 <= slots <= self.num_experts:
+                raise ValueError(f"free_slots must be in 0..{self.num_experts} (experts), got {slots} for rank {rank}")
+        for expert, home in enumerate(self.home_rank):
+            self._check_rank("home_rank", home, expert)
+        seen = set(enumerate(self.home_rank))
+        for expert, rank in self.replicas:
+            if not 0 <= expert < self.num_experts:
+                raise ValueError(f"replicas must be of experts 0..{self.num_experts - 1}, got expert {expert}")
+            self._check_rank("replicas", rank, expert)
+            if (expert, rank) in seen:
+                raise ValueError(f"replicas: rank {rank} would hold expert {expert} twice; one copy per rank is enough")
+            seen.add((expert, rank))
+        if list(self.replicas) != sorted(self.replicas):
+            object.__setattr__(self, "replicas", tuple(sorted(self.replicas)))
+
+    def _check_rank(self, name: str, rank: int | None, expert: int) -> None:
+        if rank is None or not 0 <= rank < self.ep_size:
+            raise ValueError(f"{name} must be a rank in 0..{self.ep_size - 1}, got {rank} for expert {expert}")
 
     @property
     def ep_size(self) -> int:
@@ -35,6 +52,18 @@ class Placement:
     @property
     def num_experts(self) -> int:
         return len(self.home_rank)
+
+    @cached_property
+    def home_rank_E(self) -> npt.NDArray[np.int64]:
+        return np.array(self.home_rank, dtype=np.int64)
+
+    @cached_property
+    def holders(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks that have each expert's weights across steps: home first, then replicas by rank."""
+        ranks = [[home] for home in self.home_rank]
+        for expert, rank in self.replicas:
+            ranks[expert].append(rank)
+        return tuple(tuple(of_expert) for of_expert in ranks)
 
     @classmethod
     def linear(cls, num_experts: int, ep_size: int, slots_per_rank: int | Sequence[int]) -> Placement:

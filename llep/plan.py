@@ -1,23 +1,28 @@
-"""The plan of one layer and one batch: which rank computes which share of each expert's tokens."""
+"""The plan of one layer and one batch: which rank computes which tokens of each expert, and who sends weights."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from llep.loads import Loads
+from llep.loads import Loads, home_loads
 from llep.placement import Placement
+
+# From this many receivers on, those that have an expert's weights pass them on: one sender would be the bottleneck.
+RELAY_FAN_OUT = 4
 
 
 class Decision(StrEnum):
     """Why a layer was or was not balanced in a step. A closed set: these are metric labels."""
 
     LEND = "lend"
+    REPLICA = "replica"  # balanced by resident replicas alone
     BALANCED = "balanced"
     SMALL_BATCH = "small_batch"
     NO_GAIN = "no_gain"
@@ -45,39 +50,128 @@ class Lend(NamedTuple):
     tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+class Transfer(NamedTuple):
+    """One hop of a lend: in round `round` (0, 1, ...) `src_rank`, which has the weights by then, sends them on."""
+
+    expert: int
+    src_rank: int
+    dst_rank: int
+    round: int
+
+
 class Plan:
-    """Segments in increasing (expert, start), together covering every token exactly once; equal on all ranks."""
+    """Segments in increasing (expert, start), together covering every token exactly once; equal on all ranks.
 
-    decision: Decision
-    placement: Placement
-    segments: tuple[Segment, ...]
+    segments: Segments, or an int64 array [S, 4] of them, which the plan then owns. ranks_per_node: None is one node.
+    predicted_gain_s: what the cost model says the plan saves against plain EP; 0 without a cost model.
+    """
 
-    @property
-    def lends(self) -> tuple[Lend, ...]:
-        """One per (expert, rank) that computes away from home, in increasing (expert, rank)."""
-        tokens: dict[tuple[int, int], int] = {}
-        for segment in self.segments:
-            if segment.rank != self.placement.home_rank[segment.expert]:
-                key = (segment.expert, segment.rank)
-                tokens[key] = tokens.get(key, 0) + segment.stop - segment.start
-        return tuple(
-            Lend(expert, self.placement.home_rank[expert], rank, count)
-            for (expert, rank), count in sorted(tokens.items())
+    def __init__(
+        self,
+        decision: Decision,
+        placement: Placement,
+        segments: Sequence[Segment] | npt.NDArray[np.int64],
+        *,
+        ranks_per_node: int | None = None,
+        predicted_gain_s: float = 0.0,
+    ) -> None:
+        self.decision = decision
+        self.placement = placement
+        self.segments_S4 = (
+            segments if isinstance(segments, np.ndarray) else np.array(segments, dtype=np.int64).reshape(-1, 4)
         )
+        self.ranks_per_node = ranks_per_node
+        self.predicted_gain_s = predicted_gain_s
+
+    def __repr__(self) -> str:
+        return f"Plan({self.decision.value}, {len(self.segments_S4)} segments, {len(self.lends)} lends)"
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Plan)
+            and (self.decision, self.placement, self.ranks_per_node, self.predicted_gain_s)
+            == (other.decision, other.placement, other.ranks_per_node, other.predicted_gain_s)
+            and np.array_equal(self.segments_S4, other.segments_S4)
+        )
+
+    def __hash__(self) -> int:
+        return self.digest()
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        return tuple(map(Segment._make, self.segments_S4.tolist()))
+
+    @cached_property
+    def lends(self) -> tuple[Lend, ...]:
+        """One per (expert, rank) that computes without having the weights, in increasing (expert, rank)."""
+        tokens: dict[tuple[int, int], int] = {}
+        away_S4 = self.segments_S4[self.segments_S4[:, 1] != self.placement.home_rank_E[self.segments_S4[:, 0]]]
+        for expert, rank, start, stop in away_S4.tolist():
+            if rank not in self.placement.holders[expert]:
+                tokens[expert, rank] = tokens.get((expert, rank), 0) + stop - start
+        return tuple(Lend(e, self._nearest_holder(e, rank), rank, tokens[e, rank]) for e, rank in sorted(tokens))
+
+    def _nearest_holder(self, expert: int, rank: int) -> int:
+        holders = self.placement.holders[expert]
+        in_node = (holder for holder in holders if self.node_of(holder) == self.node_of(rank))
+        return next(in_node, holders[0])
+
+    def node_of(self, rank: int) -> int:
+        return rank // self.ranks_per_node if self.ranks_per_node else 0
+
+    @cached_property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """The hops that carry the lends, in increasing (round, expert, dst_rank): a relay tree for each expert.
+
+        Weights cross to a node at most once, to its lowest receiver, and go on from there.
+        """
+        receivers: dict[int, list[int]] = {}
+        for lend in self.lends:
+            receivers.setdefault(lend.expert, []).append(lend.dst_rank)
+        hops = (hop for expert, ranks in receivers.items() for hop in self._relay(expert, ranks))
+        return tuple(sorted(hops, key=lambda hop: (hop.round, hop.expert, hop.dst_rank)))
+
+    def _relay(self, expert: int, receivers: Sequence[int]) -> Iterable[Transfer]:
+        holders: dict[int, list[int]] = {}
+        for rank in self.placement.holders[expert]:
+            holders.setdefault(self.node_of(rank), []).append(rank)
+        in_node: dict[int, list[int]] = {}
+        for rank in receivers:
+            in_node.setdefault(self.node_of(rank), []).append(rank)
+        first_rounds = dict.fromkeys(holders, 0)
+        entries = [ranks.pop(0) for node, ranks in in_node.items() if node not in holders]
+        for hop in _fan_out(expert, self.placement.holders[expert], entries, 0):
+            yield hop
+            node = self.node_of(hop.dst_rank)
+            holders[node], first_rounds[node] = [hop.dst_rank], hop.round + 1
+        for node, ranks in in_node.items():
+            yield from _fan_out(expert, holders[node], ranks, first_rounds[node])
 
     @property
     def rank_loads(self) -> list[int]:
         """Pairs computed by each rank under this plan."""
-        loads = [0] * self.placement.ep_size
-        for segment in self.segments:
-            loads[segment.rank] += segment.stop - segment.start
-        return loads
+        loads = np.zeros(self.placement.ep_size, dtype=np.int64)
+        np.add.at(loads, self.segments_S4[:, 1], self.segments_S4[:, 3] - self.segments_S4[:, 2])
+        values: list[int] = loads.tolist()
+        return values
 
     def digest(self) -> int:
         """A 63-bit digest; ranks that hold equal plans hold equal digests."""
-        data = np.array([tuple(s) for s in self.segments], dtype="<i8").tobytes()
+        data = self.segments_S4.astype("<i8").tobytes()
         return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+def _fan_out(expert: int, holders: Sequence[int], receivers: Sequence[int], first_round: int) -> Iterable[Transfer]:
+    """Hops from holders to receivers: all at once if they are few, else each round all that have the weights send."""
+    senders, position, round_ = list(holders), 0, first_round
+    is_relayed = len(receivers) >= RELAY_FAN_OUT
+    while position < len(receivers):
+        batch = receivers[position : position + len(senders)] if is_relayed else receivers
+        for index, rank in enumerate(batch):
+            yield Transfer(expert, senders[index % len(senders)], rank, round_)
+        senders += batch
+        position += len(batch)
+        round_ += 1
 
 
 def check_plan(plan: Plan, tokens_per_expert: Loads) -> None:
@@ -94,14 +188,16 @@ def check_plan(plan: Plan, tokens_per_expert: Loads) -> None:
         borrowed[lend.dst_rank] += 1
     for rank, (used, free) in enumerate(zip(borrowed, plan.placement.free_slots, strict=True)):
         assert used <= free, f"rank {rank} borrows {used} experts but has {free} slots"
-    plain = [0] * plan.placement.ep_size
-    for expert, tokens in enumerate(tokens_per_expert):
-        plain[plan.placement.home_rank[expert]] += int(tokens)
+    plain = home_loads(tokens_per_expert, plan.placement.home_rank, plan.placement.ep_size)
     assert max(plan.rank_loads) <= max(plain), "the plan's maximum load is above plain EP's"
 
 
-def home_segments(tokens_per_expert: Loads, home_rank: Sequence[int]) -> tuple[Segment, ...]:
-    """Plain EP's segments: each expert's tokens, all on its home rank."""
-    return tuple(
-        Segment(expert, home_rank[expert], 0, int(tokens)) for expert, tokens in enumerate(tokens_per_expert) if tokens
-    )
+def home_segments(tokens_per_expert: Loads, placement: Placement) -> npt.NDArray[np.int64]:
+    """Plain EP's segments [S, 4]: each expert's tokens, all on its home rank."""
+    tokens_E = np.asarray(tokens_per_expert, dtype=np.int64)
+    experts_S = np.flatnonzero(tokens_E)
+    segments_S4 = np.zeros((len(experts_S), 4), dtype=np.int64)
+    segments_S4[:, 0] = experts_S
+    segments_S4[:, 1] = placement.home_rank_E[experts_S]
+    segments_S4[:, 3] = tokens_E[experts_S]
+    return segments_S4

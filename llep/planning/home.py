@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from llep.loads import Loads
 from llep.placement import Placement
 from llep.plan import Decision, Plan, home_segments
 
 
-def plan_home(tokens_per_expert: Sequence[int], placement: Placement, decision: Decision = Decision.OFF) -> Plan:
+def plan_home(tokens_per_expert: Loads, placement: Placement, decision: Decision = Decision.OFF) -> Plan:
     """The plan that moves nothing; `decision` says why."""
-    return Plan(decision, placement, home_segments(tokens_per_expert, placement.home_rank))
+    return Plan(decision, placement, home_segments(tokens_per_expert, placement))

@@ -28,7 +28,7 @@ def cases(draw: st.DrawFn) -> tuple[Counts, Placement, PlanOptions]:
     counts[rng.random(ep_size) < draw(st.sampled_from([0.0, 0.4]))] = 0
     placement = Placement(
         tuple(int(r) for r in rng.integers(0, ep_size, num_experts)),
-        tuple(int(s) for s in rng.integers(0, draw(st.integers(1, 5)), ep_size)),
+        tuple(min(int(s), num_experts) for s in rng.integers(0, draw(st.integers(1, 5)), ep_size)),
     )
     has_bytes = draw(st.booleans())
     options = PlanOptions(
