@@ -20,7 +20,7 @@ ENVIRONMENT_PREFIX = "LLEP_"
 # LLEP_* variables that are not settings: where things are, and who may come in.
 NOT_SETTINGS = frozenset(
     {"CONFIG", "ENGINE", "STATE_DIR", "SERVER", "KEY_FILE", "RAY_ADDRESS", "RAY_NAMESPACE", "SCHEDULER"}
-    | {"SERVER_HOST", "SERVER_PORT", "SERVER_KEYS_FILE", "SERVER_STATE_DIR"}
+    | {"SERVER_HOST", "SERVER_PORT", "SERVER_KEYS_FILE", "SERVER_STATE_DIR", "SERVER_INSECURE"}
 )
 
 
@@ -133,7 +133,7 @@ class Settings(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
-        """Settings from plain values. Raises SettingsError naming the value, the rule and, for a typo, the nearest key."""
+        """Settings from plain values. Raises SettingsError naming the value, the rule and, for a typo, the nearest."""
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:

@@ -61,7 +61,8 @@ def _print_table(rows: Sequence[Mapping[str, Any]], title: str | None) -> None:
         table.add_column(column, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    # A pipe has no width: nothing is folded there.
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)
 
 
 def _cell(value: Any) -> str:

@@ -1,0 +1,60 @@
+"""The control plane as an ASGI application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from llep import __version__
+from llep_server import errors, routes
+from llep_server.config import ServerConfig
+from llep_server.keys import KeyRing
+from llep_server.metrics import Exposition
+from llep_server.middleware import BoundedBody, Gate, RequestContext
+from llep_server.scheduler import Caller, Scheduler
+
+
+def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
+    """The application. `caller` stands in for the connection to the scheduler that it would otherwise open.
+
+    Raises UnsupportedConfiguration if the keys file is not as it should be.
+    """
+    keys = KeyRing(config.keys_file) if config.keys_file else None
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if caller is not None:
+            _set_scheduler(app, caller)
+            yield
+            return
+        from llep.scheduler.client import SchedulerClient
+
+        async with SchedulerClient(config.ray_address, config.ray_namespace, config.state_dir) as client:
+            _set_scheduler(app, client)
+            yield
+
+    app = FastAPI(
+        title="llep control plane",
+        version=__version__,
+        description="See and steer Least-Loaded Expert Parallelism.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.keys = keys
+    app.include_router(routes.ops)
+    app.include_router(routes.v1)
+    errors.install(app)
+    # The last one added sees the request first.
+    app.add_middleware(BoundedBody)
+    app.add_middleware(Gate, config=config, keys=keys)
+    app.add_middleware(RequestContext)
+    return app
+
+
+def _set_scheduler(app: FastAPI, caller: Caller) -> None:
+    app.state.scheduler = Scheduler(caller)
+    app.state.exposition = Exposition(app.state.scheduler)

@@ -1,0 +1,108 @@
+"""The page at /docs: every route with an example, every metric; made from the code, needs nothing from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from html import escape
+from typing import Any
+
+from llep.config import Settings, is_hot
+from llep_server.families import ENGINE_LABELS, FAMILIES, SCHEDULER_UP_HELP, SCHEDULER_UP_NAME
+
+CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
+METHODS = ("get", "put", "post", "patch", "delete")
+BODIES = {"/v1/settings": {"imbalance_threshold": 1.5}, "/v1/mode": {"mode": "observe", "ttl_s": 600}}
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881 }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h2 { margin-top: 2.5rem } h3 { margin: 2rem 0 .25rem } p { margin: .25rem 0 .5rem }
+code, pre { font: 14px/1.45 ui-monospace, monospace } pre { background: var(--soft); padding: .6rem; overflow-x: auto }
+table { border-collapse: collapse; display: block; overflow-x: auto } th { font-weight: 600 }
+th, td { text-align: left; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+"""
+
+
+def page(openapi: Mapping[str, Any], base_url: str) -> str:
+    """The whole page as HTML. `base_url` is where the reader reached the control plane."""
+    operations = [
+        (method, path, operation)
+        for path, methods in openapi["paths"].items()
+        for method, operation in methods.items()
+        if method in METHODS
+    ]
+    routes = "".join(_operation(base_url, *operation) for operation in operations)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>llep control plane</title><style>{STYLE}</style></head><body>
+<h1>llep control plane {escape(openapi["info"]["version"])}</h1>
+<p>See and steer Least-Loaded Expert Parallelism. The same as a machine reads it:
+<a href="/openapi.json">openapi.json</a>.</p>
+<p>Where the control plane was started with a keys file, send <code>Authorization: Bearer KEY</code>: reading needs
+scope read, changing needs scope admin. Every answer carries <code>X-Request-Id</code>; every failure has the body
+<code>{{"error": {{"message", "type", "param", "code"}}, "request_id"}}</code>.</p>
+<h2>Routes</h2>{routes}
+<h2>Settings</h2>{_settings()}
+<h2>Metrics</h2><p>At <a href="/metrics">/metrics</a>; all but {SCHEDULER_UP_NAME} carry the labels
+{" and ".join(f"<code>{label}</code>" for label in ENGINE_LABELS)}.</p>{_metrics()}
+</body></html>"""
+
+
+def _operation(base_url: str, method: str, path: str, operation: Mapping[str, Any]) -> str:
+    text = operation.get("description") or operation.get("summary", "")
+    parameters = operation.get("parameters", ())
+    rows = (
+        (f"<code>{escape(p['name'])}</code>", p["in"], escape(_rule(p["schema"])), escape(p.get("description", "")))
+        for p in parameters
+    )
+    table = _table(("parameter", "in", "is", ""), rows) if parameters else ""
+    example = escape(curl(base_url, method, path))
+    return f"<h3><code>{method.upper()} {escape(path)}</code></h3><p>{escape(text)}</p>{table}<pre>{example}</pre>"
+
+
+def curl(base_url: str, method: str, path: str) -> str:
+    """A command that can be tried as it is (where a path names an engine: after putting its id there)."""
+    url = base_url + path.replace("{engine}", "ENGINE")
+    if method == "get":
+        return f"curl {url}"
+    body = json.dumps(BODIES[path])
+    return f"curl -X {method.upper()} {url} -H 'Content-Type: application/json' -d '{body}'"
+
+
+def _rule(schema: Mapping[str, Any]) -> str:
+    """A JSON schema of one value in a few words."""
+    if "anyOf" in schema:
+        return _rule(next(option for option in schema["anyOf"] if option.get("type") != "null"))
+    if schema["type"] == "array":
+        return "list of " + _rule(schema["items"])
+    low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
+    bounds = f", {low:g} to {high:g}" if low is not None and high is not None else ""
+    default = f", default {schema['default']}" if schema.get("default") not in (None, "") else ""
+    return f"{schema['type']}{bounds}{default}"
+
+
+def _settings() -> str:
+    rows = (
+        (f"<code>{key}</code>", escape(str(value)), "yes" if is_hot(key) else "no", escape(_description(key)))
+        for key, value in Settings().dump().items()
+    )
+    return _table(("key", "default", "can change while serving", ""), rows)
+
+
+def _description(key: str) -> str:
+    return Settings.model_fields[key].description or ""
+
+
+def _metrics() -> str:
+    rows = [(f"<code>{SCHEDULER_UP_NAME}</code>", "gauge", "", "", escape(SCHEDULER_UP_HELP))]
+    for family in FAMILIES:
+        labels = " ".join(f"<code>{label}</code>" for label in family.labels)
+        level = family.level.name.lower()
+        rows.append((f"<code>{family.name}</code>", family.type_name, labels, level, escape(family.help)))
+    return _table(("name", "type", "labels", "from metrics_level", ""), rows)
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = "".join(f"<th>{title}</th>" for title in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"

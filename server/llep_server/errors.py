@@ -1,0 +1,216 @@
+"""Every failure as one JSON body: {"error": {"message", "type", "param", "code"}, "request_id"}."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.types import Scope as AsgiScope
+
+from llep.errors import (
+    LlepError,
+    RevisionConflict,
+    SchedulerUnreachable,
+    SettingsError,
+    StoreUnavailable,
+    UnknownEngine,
+    UnsupportedConfiguration,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+    request_id: str
+
+
+class InvalidRequest(LlepError):
+    """A parameter or the body is not what the route takes."""
+
+    code = "invalid_request"
+
+
+class InvalidJson(LlepError):
+    """The body is not JSON."""
+
+    code = "invalid_json"
+
+
+class UnsupportedMediaType(LlepError):
+    code = "unsupported_media_type"
+
+
+class Unauthenticated(LlepError):
+    """No key, or one that nobody has."""
+
+    code = "invalid_key"
+
+
+class Forbidden(LlepError):
+    """The key is good, but not for this."""
+
+    code = "insufficient_scope"
+
+
+class ForeignHost(LlepError):
+    """Without keys, a request must address this machine by a loopback name (a web page elsewhere can't)."""
+
+    code = "foreign_host"
+
+
+class BodyTooLarge(LlepError):
+    code = "body_too_large"
+
+
+class BodyTooSlow(LlepError):
+    code = "body_too_slow"
+
+
+class NotReady(LlepError):
+    """Some part that readiness needs is missing."""
+
+    code = "not_ready"
+
+
+# The one table: what each error is to an HTTP client.
+STATUS_BY_ERROR: dict[type[LlepError], int] = {
+    InvalidJson: 400,
+    Unauthenticated: 401,
+    Forbidden: 403,
+    ForeignHost: 403,
+    UnknownEngine: 404,
+    BodyTooSlow: 408,
+    RevisionConflict: 412,
+    BodyTooLarge: 413,
+    UnsupportedMediaType: 415,
+    InvalidRequest: 422,
+    SettingsError: 422,
+    UnsupportedConfiguration: 422,
+    LlepError: 500,
+    SchedulerUnreachable: 503,
+    StoreUnavailable: 503,
+    NotReady: 503,
+}
+TYPE_BY_STATUS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    412: "conflict_error",
+    500: "internal_error",
+    503: "unavailable_error",
+}
+CODE_BY_STATUS = {400: "invalid_body", 404: "not_found", 405: "method_not_allowed"}
+HEADERS_BY_STATUS = {401: {"WWW-Authenticate": 'Bearer realm="llep"'}, 503: {"Retry-After": "2"}}
+REQUEST_ID_HEADER = "X-Request-Id"
+
+
+def status_of(error: LlepError) -> int:
+    return next(STATUS_BY_ERROR[cls] for cls in type(error).__mro__ if cls in STATUS_BY_ERROR)
+
+
+def error_body(scope: AsgiScope, status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
+    kind = TYPE_BY_STATUS.get(status, "invalid_request_error")
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return {"error": error, "request_id": scope.get("state", {}).get("request_id", "")}
+
+
+def json_response(body: Mapping[str, Any], status: int, headers: Mapping[str, str] | None = None) -> Response:
+    # ASCII: what a client sent may hold lone surrogates, which UTF-8 can't encode.
+    content = json.dumps(body, ensure_ascii=True).encode()
+    headers = {**HEADERS_BY_STATUS.get(status, {}), **(headers or {})}
+    return Response(content, status, headers, media_type="application/json")
+
+
+def respond(scope: AsgiScope, error: LlepError) -> Response:
+    status = status_of(error)
+    return json_response(error_body(scope, status, error.message, error.code, error.param), status)
+
+
+def describe(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` for OpenAPI: these statuses answer with ErrorBody."""
+    return {
+        status: {"model": ErrorBody, "description": TYPE_BY_STATUS.get(status, "invalid_request_error")}
+        for status in statuses
+    }
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """A sentence that names the nearest one known."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return f"unknown {kind} {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "; there is none here")
+
+
+def install(app: FastAPI) -> None:
+    """Make every failure of `app` answer with the one body."""
+
+    @app.exception_handler(LlepError)
+    async def _llep_error(request: Request, error: LlepError) -> Response:
+        if status_of(error) == 500:
+            logger.error("%s: %s", error.code, error.message)
+        return respond(request.scope, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation_error(request: Request, error: RequestValidationError) -> Response:
+        return respond(request.scope, _explain(request, error))
+
+    @app.exception_handler(HTTPException)
+    async def _http_error(request: Request, error: HTTPException) -> Response:
+        code = CODE_BY_STATUS.get(error.status_code, "http_error")
+        body = error_body(request.scope, error.status_code, _sentence(request, error), code)
+        return json_response(body, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def _unexpected(request: Request, error: Exception) -> Response:
+        message = "an error inside the control plane: its log has the details under this request id"
+        body = error_body(request.scope, 500, message, "internal_error")
+        # This answer is made outside the middleware that adds the header.
+        return json_response(body, 500, {REQUEST_ID_HEADER: body["request_id"]})
+
+
+def _sentence(request: Request, error: HTTPException) -> str:
+    path = request.url.path
+    if error.status_code == 404:
+        return f"there is nothing at {path!r}: see /docs for what there is"
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return f"{request.method} is not for {path}: use {allowed}"
+    return str(error.detail)
+
+
+def _explain(request: Request, error: RequestValidationError) -> LlepError:
+    first = error.errors()[0]
+    where, *names = first["loc"]
+    if first["type"] == "json_invalid":
+        return InvalidJson(f"the body is not JSON: {first['ctx']['error']} at character {names[-1]}", param="body")
+    media_type = request.headers.get("content-type", "")
+    if where == "body" and not names and not media_type.partition(";")[0].strip().lower().endswith("json"):
+        return UnsupportedMediaType(
+            f"the body's Content-Type is {media_type or 'missing'}: send it as application/json", param="body"
+        )
+    name = ".".join(str(name) for name in names) or str(where)
+    rule = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return InvalidRequest(f"{name} is missing from the {where}", param=name)
+    if first["type"] == "extra_forbidden":
+        return InvalidRequest(f"{name} is not a member of this {where}", param=name)
+    return InvalidRequest(f"{name}={_short(first['input'])} is not valid: {rule[0].lower()}{rule[1:]}", param=name)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."

@@ -1,0 +1,450 @@
+"""Every metric family that /metrics can show: its name, its words, and how to read it off an engine's reports."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
+
+from llep.config import MetricsLevel, Mode
+from llep.messages import (
+    IMBALANCE_BUCKETS,
+    SECONDS_BUCKETS,
+    STAGES,
+    EngineInfo,
+    EngineSnapshot,
+    GroupLoads,
+    Histogram,
+    Report,
+)
+from llep.plan import Decision
+
+ENGINE_LABELS = ("model_name", "engine")
+
+
+class Level(IntEnum):
+    """How much detail a family is; an engine shows those up to its setting metrics_level."""
+
+    ALWAYS = 0
+    RANK = 1
+    LAYER = 2
+    LAYER_RANK = 3
+
+
+LEVELS = {
+    MetricsLevel.OFF: Level.ALWAYS,
+    MetricsLevel.RANK: Level.RANK,
+    MetricsLevel.LAYER: Level.LAYER,
+    MetricsLevel.LAYER_RANK: Level.LAYER_RANK,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A summary's value."""
+
+    count: int
+    sum: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bucketed:
+    """A histogram's value, with its buckets' upper bounds."""
+
+    histogram: Histogram
+    bounds: tuple[float, ...]
+
+
+Value = float | Observed | Bucketed
+Sample = tuple[tuple[str, ...], Value]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineState:
+    """One engine at a scrape. `reports` is by rank and never empty; `group` is what the EP group holds alike."""
+
+    snapshot: EngineSnapshot
+    reports: Sequence[Report]
+    hot_ratios: Sequence[float]
+    levels_dropped: int = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.reports[0].info
+
+    @property
+    def speaker(self) -> Report:
+        """Who speaks for the group: its rank 0 once that has reported."""
+        return self.reports[0]
+
+    @property
+    def group(self) -> GroupLoads | None:
+        return self.speaker.group
+
+    def setting(self, key: str) -> Any:
+        return self.speaker.live_settings.get(key)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    name: str  # as in the text, counters with _total
+    kind: type[Metric]
+    help: str
+    labels: tuple[str, ...]  # after ENGINE_LABELS
+    level: Level
+    read: Callable[[EngineState], Iterable[Sample]]
+
+    @property
+    def type_name(self) -> str:
+        return self.kind.__name__.removesuffix("MetricFamily").lower()
+
+    def series_of(self, sample: Sample) -> int:
+        """How many series a sample becomes."""
+        match sample[1]:
+            case Bucketed(bounds=bounds):
+                return len(bounds) + 3
+            case Observed():
+                return 2
+            case _:
+                return 1
+
+    def empty(self) -> Metric:
+        return self.kind(self.name, self.help, labels=(*ENGINE_LABELS, *self.labels))  # type: ignore[call-arg]
+
+
+def add(metric: Metric, labels: Sequence[str], value: Value) -> None:
+    match metric, value:
+        case HistogramMetricFamily(), Bucketed(histogram, bounds):
+            names = [*map(str, bounds), "+Inf"]
+            buckets = zip(names, itertools.accumulate(histogram.counts), strict=True)
+            metric.add_metric(labels, list(buckets), histogram.sum)
+        case SummaryMetricFamily(), Observed(count, total):
+            metric.add_metric(labels, count, total)
+        case ((GaugeMetricFamily() | CounterMetricFamily()), (int() | float())):
+            metric.add_metric(labels, value)
+        case _:
+            raise AssertionError(f"{metric.name} is a {metric.type}, {value!r} is not for it")
+
+
+def _group(read: Callable[[GroupLoads], Iterable[Sample]]) -> Callable[[EngineState], Iterable[Sample]]:
+    return lambda engine: read(engine.group) if engine.group else ()
+
+
+def _by_rank(values: Iterable[int]) -> Iterable[Sample]:
+    return (((str(rank),), int(value)) for rank, value in enumerate(values))
+
+
+def _in_and_out(incoming: Iterable[int], outgoing: Iterable[int], factor: int = 1) -> Iterable[Sample]:
+    for direction, values in (("in", incoming), ("out", outgoing)):
+        yield from (((str(rank), direction), int(value) * factor) for rank, value in enumerate(values))
+
+
+def _info(engine: EngineState) -> Iterable[Sample]:
+    info = engine.info
+    planner = str(engine.setting("planner"))
+    yield (info.llep_version, info.vllm_version, planner, info.quantization, str(info.ep_size)), 1
+
+
+def _mode(engine: EngineState) -> Iterable[Sample]:
+    return (((str(mode),), int(engine.setting("mode") == mode)) for mode in Mode)
+
+
+def _setting(key: str) -> Callable[[EngineState], Iterable[Sample]]:
+    return lambda engine: [((), float(engine.setting(key)))] if engine.setting(key) is not None else []
+
+
+def _last_apply_successful(engine: EngineState) -> Iterable[Sample]:
+    yield (), int(not any(report.last_apply_error for report in engine.reports))
+
+
+def _last_plan(group: GroupLoads) -> Iterable[Sample]:
+    return [((), group.last_plan_time_s)] if group.last_plan_time_s else []
+
+
+def _decisions(group: GroupLoads) -> Iterable[Sample]:
+    return (((str(decision),), group.decisions.get(decision, 0)) for decision in Decision)
+
+
+def _imbalance(group: GroupLoads) -> Iterable[Sample]:
+    pairs = zip(STAGES, group.imbalance_histograms, strict=True)
+    return (((stage,), Bucketed(histogram, IMBALANCE_BUCKETS)) for stage, histogram in pairs)
+
+
+def _phase_seconds(engine: EngineState) -> Iterable[Sample]:
+    phases = {phase: None for report in engine.reports for phase in report.phase_seconds}
+    for phase in phases:
+        histograms = [report.phase_seconds[phase] for report in engine.reports if phase in report.phase_seconds]
+        counts = tuple(map(sum, zip(*(histogram.counts for histogram in histograms), strict=True)))
+        yield (phase,), Bucketed(Histogram(counts, sum(histogram.sum for histogram in histograms)), SECONDS_BUCKETS)
+
+
+def _memory(field: str) -> Callable[[EngineState], Iterable[Sample]]:
+    return lambda engine: (((str(report.rank),), getattr(report, field)) for report in engine.reports)
+
+
+def _errors(engine: EngineState) -> Iterable[Sample]:
+    totals: dict[tuple[str, ...], int] = {}
+    for report in engine.reports:
+        for name, count in report.errors.items():
+            component, _, kind = name.partition("/")
+            totals[component, kind] = totals.get((component, kind), 0) + count
+    for reason, count in engine.snapshot.refused.items():
+        totals["scheduler", f"report_{reason}"] = count
+    return totals.items()
+
+
+def _layer_imbalance(engine: EngineState) -> Iterable[Sample]:
+    if engine.group is None:
+        return
+    steps, sums = engine.group.layer_steps_L.numpy(), engine.group.imbalance_sum_LS.numpy()
+    for index, layer in enumerate(engine.info.layer_numbers):
+        for stage, name in enumerate(STAGES):
+            yield (str(layer), name), Observed(int(steps[index]), float(sums[index, stage]))
+
+
+def _layer_rank_computed(engine: EngineState) -> Iterable[Sample]:
+    if engine.group is None:
+        return
+    for layer, by_rank in zip(engine.info.layer_numbers, engine.group.computed_LR.numpy(), strict=True):
+        yield from (((str(layer), str(rank)), int(tokens)) for rank, tokens in enumerate(by_rank))
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "llep_info",
+        GaugeMetricFamily,
+        "1, with what the engine is as labels.",
+        ("version", "vllm_version", "planner", "quantization", "ep_size"),
+        Level.ALWAYS,
+        _info,
+    ),
+    Family(
+        "llep_engine_last_seen_timestamp_seconds",
+        GaugeMetricFamily,
+        "Unix time of the newest report of any rank.",
+        (),
+        Level.ALWAYS,
+        lambda engine: [((), engine.snapshot.last_seen_s)],
+    ),
+    Family(
+        "llep_metrics_levels_dropped",
+        GaugeMetricFamily,
+        "Levels of detail left out because metrics_max_series would be exceeded.",
+        (),
+        Level.ALWAYS,
+        lambda engine: [((), engine.levels_dropped)],
+    ),
+    Family(
+        "llep_mode",
+        GaugeMetricFamily,
+        "1 for the mode that is live, 0 for the others.",
+        ("mode",),
+        Level.RANK,
+        _mode,
+    ),
+    Family(
+        "llep_settings_revision",
+        GaugeMetricFamily,
+        "The settings revision that every step runs under now; 0 is as started.",
+        (),
+        Level.RANK,
+        lambda engine: [((), engine.speaker.live_revision)],
+    ),
+    Family(
+        "llep_settings_last_apply_successful",
+        GaugeMetricFamily,
+        "1 unless a rank refused the newest settings.",
+        (),
+        Level.RANK,
+        _last_apply_successful,
+    ),
+    Family(
+        "llep_settings_last_apply_timestamp_seconds",
+        GaugeMetricFamily,
+        "Unix time since which the live settings revision is live.",
+        (),
+        Level.RANK,
+        lambda engine: [((), engine.speaker.live_since_time_s)],
+    ),
+    Family(
+        "llep_settings_imbalance_threshold",
+        GaugeMetricFamily,
+        "The live setting imbalance_threshold: max / mean of rank loads from which a layer is balanced.",
+        (),
+        Level.RANK,
+        _setting("imbalance_threshold"),
+    ),
+    Family(
+        "llep_settings_capacity_factor",
+        GaugeMetricFamily,
+        "The live setting capacity_factor: rank capacity / mean rank load.",
+        (),
+        Level.RANK,
+        _setting("capacity_factor"),
+    ),
+    Family(
+        "llep_settings_min_chunk_tokens",
+        GaugeMetricFamily,
+        "The live setting min_chunk_tokens: fewest pairs worth lending an expert for.",
+        (),
+        Level.RANK,
+        _setting("min_chunk_tokens"),
+    ),
+    Family(
+        "llep_steps_total",
+        CounterMetricFamily,
+        "Forward passes with at least one real token, by phase.",
+        ("phase",),
+        Level.RANK,
+        lambda engine: (((phase,), steps) for phase, steps in engine.speaker.steps.items()),
+    ),
+    Family(
+        "llep_last_plan_timestamp_seconds",
+        GaugeMetricFamily,
+        "Unix time of the last decision, also of one to move nothing; absent before the first.",
+        (),
+        Level.RANK,
+        _group(_last_plan),
+    ),
+    Family(
+        "llep_plan_decisions_total",
+        CounterMetricFamily,
+        "Decisions, one per layer and step, by reason.",
+        ("decision",),
+        Level.RANK,
+        _group(_decisions),
+    ),
+    Family(
+        "llep_rank_routed_tokens_total",
+        CounterMetricFamily,
+        "Token-expert pairs that plain EP would have computed on the rank, over all layers.",
+        ("ep_rank",),
+        Level.RANK,
+        _group(lambda group: _by_rank(group.routed_LR.numpy().sum(axis=0))),
+    ),
+    Family(
+        "llep_rank_computed_tokens_total",
+        CounterMetricFamily,
+        "Token-expert pairs computed on the rank, over all layers.",
+        ("ep_rank",),
+        Level.RANK,
+        _group(lambda group: _by_rank(group.computed_LR.numpy().sum(axis=0))),
+    ),
+    Family(
+        "llep_imbalance_ratio",
+        HistogramMetricFamily,
+        "Max / mean of rank loads, one observation per layer and step, before and after balancing.",
+        ("stage",),
+        Level.RANK,
+        _group(_imbalance),
+    ),
+    Family(
+        "llep_spilled_tokens_total",
+        CounterMetricFamily,
+        "Token-expert pairs computed off their home rank: in, for others; out, elsewhere.",
+        ("ep_rank", "direction"),
+        Level.RANK,
+        _group(lambda group: _in_and_out(group.spilled_in_R.numpy(), group.spilled_out_R.numpy())),
+    ),
+    Family(
+        "llep_lends_total",
+        CounterMetricFamily,
+        "Expert weights copied for one layer of one step: in, received; out, sent.",
+        ("ep_rank", "direction"),
+        Level.RANK,
+        _group(lambda group: _in_and_out(group.lends_in_R.numpy(), group.lends_out_R.numpy())),
+    ),
+    Family(
+        "llep_lend_bytes_total",
+        CounterMetricFamily,
+        "Bytes of expert weights copied: in, received; out, sent.",
+        ("ep_rank", "direction"),
+        Level.RANK,
+        _group(lambda group: _in_and_out(group.lends_in_R.numpy(), group.lends_out_R.numpy(), group.bytes_per_lend)),
+    ),
+    Family(
+        "llep_phase_seconds",
+        HistogramMetricFamily,
+        "Time in each phase of a MoE layer, one observation per rank, layer and step.",
+        ("phase",),
+        Level.RANK,
+        _phase_seconds,
+    ),
+    Family(
+        "llep_memory_budget_bytes",
+        GaugeMetricFamily,
+        "Bytes reserved for llep on the rank at start.",
+        ("ep_rank",),
+        Level.RANK,
+        _memory("memory_budget_bytes"),
+    ),
+    Family(
+        "llep_memory_used_bytes",
+        GaugeMetricFamily,
+        "Bytes of slots in use in the last step that lent.",
+        ("ep_rank",),
+        Level.RANK,
+        _memory("memory_used_bytes"),
+    ),
+    Family(
+        "llep_memory_peak_bytes",
+        GaugeMetricFamily,
+        "Most bytes of slots in use in any step since start.",
+        ("ep_rank",),
+        Level.RANK,
+        _memory("memory_peak_bytes"),
+    ),
+    Family(
+        "llep_hot_expert_load_ratio",
+        GaugeMetricFamily,
+        "Load / fair load of the hottest experts over all layers in the last minute or two, by place.",
+        ("place",),
+        Level.RANK,
+        lambda engine: (((str(place),), ratio) for place, ratio in enumerate(engine.hot_ratios)),
+    ),
+    Family(
+        "llep_errors_total",
+        CounterMetricFamily,
+        "Errors on the way, by component and type.",
+        ("component", "type"),
+        Level.RANK,
+        _errors,
+    ),
+    Family(
+        "llep_layer_imbalance_ratio",
+        SummaryMetricFamily,
+        "Max / mean of rank loads in each layer, one observation per step, before and after balancing.",
+        ("layer", "stage"),
+        Level.LAYER,
+        _layer_imbalance,
+    ),
+    Family(
+        "llep_layer_rank_computed_tokens_total",
+        CounterMetricFamily,
+        "Token-expert pairs of the layer computed on the rank.",
+        ("layer", "ep_rank"),
+        Level.LAYER_RANK,
+        _layer_rank_computed,
+    ),
+)
+SCHEDULER_UP_NAME = "llep_scheduler_up"
+SCHEDULER_UP_HELP = "1 if the scheduler answered this scrape; 0 if not, then engines are missing here."
+
+
+def hottest(routed_LE: np.ndarray[Any, np.dtype[np.int64]], places: int) -> list[float]:
+    """Load / fair load of the hottest (layer, expert) pairs, in falling order; layers without load are left out."""
+    totals = routed_LE.sum(axis=1, keepdims=True)
+    ratios = np.divide(routed_LE * routed_LE.shape[1], totals, out=np.zeros(routed_LE.shape), where=totals > 0).ravel()
+    places = min(places, ratios.size)
+    return [float(ratio) for ratio in np.sort(np.partition(ratios, ratios.size - places)[-places:])[::-1] if ratio > 0]

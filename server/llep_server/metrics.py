@@ -1,0 +1,160 @@
+"""The text of /metrics: made from the scheduler's newest snapshot, off the event loop, and kept for a moment."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from llep.config import MetricsLevel, Settings
+from llep.errors import LlepError
+from llep.messages import EngineSnapshot, SchedulerSnapshot
+from llep_server.families import (
+    FAMILIES,
+    LEVELS,
+    SCHEDULER_UP_HELP,
+    SCHEDULER_UP_NAME,
+    EngineState,
+    Level,
+    Sample,
+    add,
+    hottest,
+)
+from llep_server.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+KEEP_S = 1.0
+HOT_PLACES = 10
+HOT_WINDOW_S = 60.0
+
+Counts = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Exposition:
+    """The page that Prometheus reads. However many ask, the scheduler is asked once in KEEP_S."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._lock = asyncio.Lock()
+        self._hot = HotExperts()
+        self._made_at = -KEEP_S
+        self._metrics: list[Metric] = []
+        self._pages: dict[str, bytes] = {}
+        self._dropped: dict[str, int] = {}
+
+    async def page(self, accept: str) -> tuple[bytes, str]:
+        """The text and its content type, of those that the Accept header takes."""
+        encoder, content_type = choose_encoder(accept)
+        async with self._lock:
+            if time.monotonic() - self._made_at >= KEEP_S:
+                self._metrics = await self._collect()
+                self._pages.clear()
+                self._made_at = time.monotonic()
+            if content_type not in self._pages:
+                self._pages[content_type] = await asyncio.to_thread(encoder, Collected(self._metrics))
+            return self._pages[content_type], content_type
+
+    async def _collect(self) -> list[Metric]:
+        try:
+            snapshot = await self._scheduler.snapshot()
+        except LlepError as error:
+            logger.debug("no snapshot for /metrics: %s", error.message)
+            return [_scheduler_up(False)]
+        return [_scheduler_up(True), *await asyncio.to_thread(self._build, snapshot)]
+
+    def _build(self, snapshot: SchedulerSnapshot) -> list[Metric]:
+        engines = [self._hot.state_of(engine, snapshot.time_s) for engine in snapshot.engines if engine.reports]
+        self._hot.forget_all_but(engine.engine for engine in snapshot.engines)
+        metrics, dropped = build(engines)
+        for engine, levels in dropped.items():
+            if levels > self._dropped.get(engine, 0):
+                logger.warning(
+                    "engine %s: %d levels of detail left out of /metrics, see metrics_max_series", engine, levels
+                )
+        self._dropped = dropped
+        return metrics
+
+
+class Collected(Collector):
+    """Families that are there already, for the encoders of prometheus_client."""
+
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        return iter(self._metrics)
+
+
+class HotExperts:
+    """Which experts were hot lately: keeps for each engine the counts of one to two HOT_WINDOW_S ago."""
+
+    def __init__(self) -> None:
+        self._baselines: dict[str, tuple[str, list[tuple[float, Counts]]]] = {}
+
+    def state_of(self, snapshot: EngineSnapshot, now_s: float) -> EngineState:
+        reports = [snapshot.reports[rank] for rank in sorted(snapshot.reports)]
+        group = reports[0].group
+        hot = self._ratios(snapshot.engine, reports[0].incarnation, group.routed_LE.numpy(), now_s) if group else []
+        return EngineState(snapshot=snapshot, reports=reports, hot_ratios=hot)
+
+    def forget_all_but(self, engines: Iterable[str]) -> None:
+        kept = set(engines)
+        self._baselines = {engine: value for engine, value in self._baselines.items() if engine in kept}
+
+    def _ratios(self, engine: str, incarnation: str, routed_LE: Counts, now_s: float) -> list[float]:
+        known, baselines = self._baselines.get(engine, ("", []))
+        if known != incarnation:
+            baselines = [(now_s, np.zeros_like(routed_LE))]
+        if now_s - baselines[-1][0] >= HOT_WINDOW_S:
+            baselines = [baselines[-1], (now_s, routed_LE)]
+        self._baselines[engine] = (incarnation, baselines)
+        return hottest(routed_LE - baselines[0][1], HOT_PLACES)
+
+
+def build(engines: Sequence[EngineState]) -> tuple[list[Metric], dict[str, int]]:
+    """All families that have a sample, each engine within its metrics_max_series; and the levels dropped by engine."""
+    metrics = {family.name: family.empty() for family in FAMILIES}
+    dropped: dict[str, int] = {}
+    for engine in engines:
+        samples, level, wanted = _samples_within_budget(engine)
+        dropped[engine.snapshot.engine] = wanted - level
+        engine = replace(engine, levels_dropped=wanted - level)
+        names = (engine.info.model_name, engine.snapshot.engine)
+        for family in FAMILIES:
+            if family.level > level:
+                continue
+            for labels, value in family.read(engine) if family.level is Level.ALWAYS else samples[family.name]:
+                add(metrics[family.name], (*names, *labels), value)
+    return [metric for metric in metrics.values() if metric.samples], dropped
+
+
+def _samples_within_budget(engine: EngineState) -> tuple[dict[str, list[Sample]], Level, Level]:
+    """Samples by family, the level that fits metrics_max_series, and the level that metrics_level asks for."""
+    defaults = Settings()
+    wanted = LEVELS[MetricsLevel(engine.setting("metrics_level") or defaults.metrics_level)]
+    budget = int(engine.setting("metrics_max_series") or defaults.metrics_max_series)
+    samples: dict[str, list[Sample]] = {}
+    series = dict.fromkeys(Level, 0)
+    for family in FAMILIES:
+        if family.level <= wanted:
+            samples[family.name] = list(family.read(engine))
+            series[family.level] += sum(map(family.series_of, samples[family.name]))
+    level = wanted
+    while level > Level.ALWAYS and sum(series[lower] for lower in Level if lower <= level) > budget:
+        level = Level(level - 1)
+    return samples, level, wanted
+
+
+def _scheduler_up(is_up: bool) -> Metric:
+    metric = GaugeMetricFamily(SCHEDULER_UP_NAME, SCHEDULER_UP_HELP)
+    metric.add_metric((), int(is_up))
+    return metric

@@ -1,0 +1,184 @@
+"""What happens to every request before a route sees it: an id, a log line, a check of the key, a bounded body."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from urllib.parse import quote
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import Scope as AsgiScope
+
+from llep.errors import LlepError
+from llep_server.config import ServerConfig, is_loopback
+from llep_server.errors import (
+    REQUEST_ID_HEADER,
+    BodyTooLarge,
+    BodyTooSlow,
+    Forbidden,
+    ForeignHost,
+    Unauthenticated,
+    respond,
+)
+from llep_server.keys import ANONYMOUS, KeyRing, Principal, Scope
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 1 << 20
+MAX_BODY_S = 30.0
+# Probes, and what says nothing about engines. Whatever is not named here needs a key where there are keys.
+OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/health", "/version", "/docs", "/openapi.json"})
+READING_METHODS = frozenset({"GET", "HEAD"})
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+class RequestContext:
+    """Gives each request an id (the client's own, if it is decent), answers with it, and logs changes and failures."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        sent_id = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        request_id = sent_id if _REQUEST_ID.fullmatch(sent_id) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = time.perf_counter()
+        status = 500
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = request_id
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            took_ms = (time.perf_counter() - started) * 1000
+            is_news = status >= 400 or scope["method"] not in READING_METHODS
+            logger.log(
+                logging.INFO if is_news else logging.DEBUG,
+                "%s %s %d %.1f ms author=%s request_id=%s",
+                *(scope["method"], quote(scope["path"]), status, took_ms, author_of(scope), request_id),
+            )
+
+
+class Gate:
+    """Lets in who may: keys where there are keys, else (on loopback) only those who address this machine as such."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig, keys: KeyRing | None) -> None:
+        self.app = app
+        self.config = config
+        self.keys = keys
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        try:
+            principal = self._admit(scope)
+        except LlepError as error:
+            return await respond(scope, error)(scope, receive, send)
+        scope["state"]["principal"] = principal
+        await self.app(scope, receive, send)
+
+    def _admit(self, scope: AsgiScope) -> Principal | None:
+        headers = Headers(scope=scope)
+        if self.config.is_open_on_loopback:
+            _check_host(headers.get("host", ""))
+        if self.keys is None:
+            return ANONYMOUS
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        principal = self.keys.find(key.strip()) if scheme.lower() == "bearer" else None
+        if scope["path"] in OPEN_PATHS and scope["method"] in READING_METHODS:
+            return principal
+        if principal is None:
+            what = "the key is not known" if scheme else "a key is needed"
+            raise Unauthenticated(
+                f"{what}: send 'Authorization: Bearer KEY' with a key of the control plane's keys file"
+            )
+        needed = Scope.READ if scope["method"] in READING_METHODS else Scope.ADMIN
+        if not principal.may(needed):
+            raise Forbidden(f"the key of {principal.name!r} has scope read, this needs scope admin: use another key")
+        return principal
+
+
+class BoundedBody:
+    """Reads the whole body, at most so many bytes in so many seconds, before anybody parses it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        try:
+            body = await _read_body(Headers(scope=scope), receive)
+        except LlepError as error:
+            response = respond(scope, error)
+            response.headers["Connection"] = "close"  # the rest of the body is not going to be read
+            return await response(scope, receive, send)
+        if body is None:
+            return
+        first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        await self.app(scope, lambda: _replay(first, receive), send)
+
+
+def author_of(scope: AsgiScope) -> str:
+    """Who is asking and from where, for the audit trail: 'alice@10.0.0.7'."""
+    principal = scope.get("state", {}).get("principal")
+    client = scope.get("client")
+    return f"{principal.name if principal else 'anonymous'}@{client[0] if client else 'unknown'}"
+
+
+def _check_host(host: str) -> None:
+    name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
+    # No look-up: a name that some web page has pointed at 127.0.0.1 is just what must stay out.
+    if name.lower() not in ("localhost", "") and not (_is_address(name) and is_loopback(name)):
+        raise ForeignHost(
+            f"Host {host!r} is not a loopback name, and without keys only this machine may come in: use "
+            "http://127.0.0.1 or localhost, or start the control plane with a keys file",
+            param="Host",
+        )
+
+
+def _is_address(name: str) -> bool:
+    return bool(re.fullmatch(r"\[[0-9a-fA-F:.]+\]|[0-9.]+", name))
+
+
+async def _read_body(headers: Headers, receive: Receive) -> bytes | None:
+    """The body; None if the client went away. Raises BodyTooLarge, BodyTooSlow."""
+    announced = headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
+        raise BodyTooLarge(_too_large(f"{announced} bytes"), param="body")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(MAX_BODY_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                body += message.get("body", b"")
+                if len(body) > MAX_BODY_BYTES:
+                    raise BodyTooLarge(_too_large("more"), param="body")
+                if not message.get("more_body", False):
+                    return bytes(body)
+    except TimeoutError:
+        raise BodyTooSlow(f"the body did not arrive within {MAX_BODY_S:.0f} s: send it again", param="body") from None
+
+
+def _too_large(size: str) -> str:
+    return f"the body has {size}, at most {MAX_BODY_BYTES} bytes (1 MiB) are taken"
+
+
+async def _replay(first: list[Message], receive: Receive) -> Message:
+    return first.pop() if first else await receive()
