@@ -78,7 +78,11 @@ class SettingsView(View):
 
 
 class AppliedView(View):
-    """Where a revision stands. state: live (since step), held (received by all ranks, live from the next step), sent."""
+    """Where a revision stands. `revision` is the one that is live.
+
+    state: live (since step), held (received by all ranks, live from the next step), sent, or away (the engine is stale
+    and gets it when it is back).
+    """
 
     engine: str
     state: str
@@ -87,7 +91,9 @@ class AppliedView(View):
 
 
 class SettingsChange(View):
-    """The answer to a change. diff: key -> [before, after]; empty where nothing changed, then no revision was made."""
+    """The answer to a change. diff: key -> [before, after] of the engines addressed; a side on which they differ is a
+    mapping from engine to value. Asking for what holds already makes no revision.
+    """
 
     revision: int
     dry_run: bool
@@ -152,7 +158,9 @@ class SchedulerStatus(View):
     started_s: float
     store_open: bool
     store_path: str
+    store_problem: str = ""  # why the store isn't open, and the way out
     desired_revision: int
     engines: int
     reports_total: int
     reports_refused_total: int
+    reports_refused: dict[str, int] = {}  # llep.scheduler.admit.Refusal -> count

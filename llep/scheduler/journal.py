@@ -1,0 +1,150 @@
+"""The scheduler's memory that lasts: desired settings and events, over a store that may fail or be damaged."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llep.errors import StoreUnavailable
+from llep.scheduler.desired import Desired
+from llep.scheduler.store import Damaged, KnownEngine, NewEvent, Revision, Store
+from llep.views import Event, EventKind
+
+logger = logging.getLogger("llep.scheduler")
+
+PRUNE_EVERY_S = 3600.0
+MOST_EVENTS_WAITING = 1000
+
+T = TypeVar("T")
+
+
+class Journal:
+    """`desired` is what holds; it changes only through commit. While `problem` is not empty nothing can change."""
+
+    def __init__(self, folder: Path) -> None:
+        self.desired = Desired()
+        self.problem = "the store is not open yet"
+        self._folder = folder
+        self._store: Store | None = None
+        self._waiting: deque[NewEvent] = deque(maxlen=MOST_EVENTS_WAITING)
+        self._pruned_s = time.monotonic()
+
+    def keep(self) -> list[KnownEngine]:
+        """Open the store if it isn't, and prune it from time to time. Returns the engines of a store just opened."""
+        if self._store is None:
+            return self._open()
+        if time.monotonic() - self._pruned_s > PRUNE_EVERY_S:
+            self._pruned_s = time.monotonic()
+            self._try(lambda store: store.prune(time.time()))
+        return []
+
+    def commit(
+        self,
+        desired: Desired,
+        event: NewEvent,
+        *,
+        author: str,
+        reason: str,
+        engines: Sequence[str] | None,
+        patch: dict[str, Any],
+    ) -> None:
+        """Make it last, then make it so. Raises StoreUnavailable; then nothing has changed."""
+        revision = Revision(
+            number=desired.revision,
+            time_s=event.time_s,
+            author=author,
+            reason=reason,
+            engines=None if engines is None else list(engines),
+            patch=patch,
+            desired=desired,
+        )
+        self._do(lambda store: store.append(revision, event))
+        self.desired = desired
+        logger.info("revision %d: %s", desired.revision, event.message)
+
+    def note(self, kind: EventKind, message: str, *, engine: str | None = None, data: dict[str, Any]) -> None:
+        """Keep an event; while the store can't, in memory."""
+        logger.info("%s", message)
+        self._waiting.append(NewEvent(kind=kind, message=message, time_s=time.time(), engine=engine, data=data))
+        if self._store is not None:
+            self._try(self._write_waiting)
+
+    def events(self, limit: int, *, before_id: int | None, after_id: int | None) -> list[Event]:
+        """Newest first. Raises StoreUnavailable."""
+        return self._do(lambda store: store.events(limit, before_id=before_id, after_id=after_id))
+
+    def remember(self, known: KnownEngine) -> None:
+        self._try(lambda store: store.put_engine(known))
+
+    def forget(self, engine: str) -> None:
+        self._try(lambda store: store.forget_engine(engine))
+
+    def _do(self, act: Callable[[Store], T]) -> T:
+        """act(store), once more in a new file if the file turns out damaged. Raises StoreUnavailable."""
+        for _ in range(2):
+            if self._store is None:
+                raise StoreUnavailable(self.problem)
+            try:
+                return act(self._store)
+            except Damaged as damage:
+                self._close(str(damage))
+                self._open()
+        raise StoreUnavailable(self.problem or f"the scheduler's state in {self._folder} is damaged again and again")
+
+    def _try(self, act: Callable[[Store], None]) -> None:
+        """For what may be lost."""
+        try:
+            self._do(act)
+        except StoreUnavailable as error:
+            logger.warning("%s", error.message)
+
+    def _open(self) -> list[KnownEngine]:
+        """Open the store and take over what it knows; while that fails, say why, and go on without."""
+        try:
+            self._store = Store(self._folder)
+            engines = self._take_over(self._store)
+        except (StoreUnavailable, Damaged) as error:
+            if str(error) != self.problem:
+                logger.error("%s", error)
+            self._close(str(error))
+            return []
+        self.problem = ""
+        return engines
+
+    def _take_over(self, store: Store) -> list[KnownEngine]:
+        if store.set_aside is not None:
+            message = f"the state file was damaged or gone; what was left is {store.set_aside.name}, a new one is begun"
+            data = {"path": str(store.set_aside)}
+            self._waiting.append(
+                NewEvent(kind=EventKind.STORE_SET_ASIDE, message=message, time_s=time.time(), data=data)
+            )
+        stored = store.desired().of_known_keys()
+        if stored.revision >= self.desired.revision:
+            self.desired = stored
+        else:  # the file was lost under us: what we hold in memory is the truth
+            store.append(*_written_again(self.desired))
+        engines = store.engines()
+        self._write_waiting(store)
+        return engines
+
+    def _write_waiting(self, store: Store) -> None:
+        store.add_events(self._waiting)
+        self._waiting.clear()
+
+    def _close(self, problem: str) -> None:
+        if self._store is not None:
+            self._store.close()
+        self._store, self.problem = None, problem
+
+
+def _written_again(desired: Desired) -> tuple[Revision, NewEvent]:
+    reason = f"revision {desired.revision} is written again: the state file was damaged or gone"
+    now_s = time.time()
+    revision = Revision(
+        number=desired.revision, time_s=now_s, author="llep", reason=reason, engines=None, patch={}, desired=desired
+    )
+    return revision, NewEvent(kind=EventKind.SETTINGS, message=reason, time_s=now_s, data={})

@@ -1,0 +1,332 @@
+"""The scheduler's truth on disk: settings revisions, events and known engines in SQLite, durable once acknowledged.
+
+One scheduler writes a state folder at a time (a lock says so). A damaged file is set aside, never deleted or repaired.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from llep.errors import StoreUnavailable
+from llep.messages import EngineInfo
+from llep.scheduler.desired import Desired
+from llep.views import Event, EventKind
+
+FILE = "scheduler.sqlite"
+LOCK = "scheduler.lock"
+DAMAGED_KEPT = 3
+DAY_S = 86400.0
+
+# One entry per schema version: what makes version n + 1 out of version n.
+_MIGRATIONS = (
+    """
+    CREATE TABLE revisions (
+        number INTEGER PRIMARY KEY, time_s REAL NOT NULL, author TEXT NOT NULL, reason TEXT NOT NULL,
+        engines TEXT, patch TEXT NOT NULL, desired TEXT NOT NULL
+    );
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, time_s REAL NOT NULL, kind TEXT NOT NULL, engine TEXT,
+        author TEXT NOT NULL, message TEXT NOT NULL, data TEXT NOT NULL
+    );
+    CREATE TABLE engines (
+        name TEXT PRIMARY KEY, incarnation TEXT NOT NULL, last_seen_s REAL NOT NULL, info TEXT NOT NULL
+    );
+    """,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revision:
+    """One accepted change. engines None: all, also those still to come. `desired` is all that holds after it."""
+
+    number: int
+    time_s: float
+    author: str
+    reason: str
+    engines: list[str] | None
+    patch: dict[str, Any]
+    desired: Desired
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewEvent:
+    """An event before the store gives it its id."""
+
+    kind: EventKind
+    message: str
+    time_s: float
+    engine: str | None = None
+    author: str = "llep"
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownEngine:
+    info: EngineInfo
+    incarnation: str
+    last_seen_s: float
+
+
+class Damaged(Exception):
+    """The file is not what we wrote."""
+
+
+class Store:
+    """An open state folder. Every method raises StoreUnavailable if the disk fails; then nothing was changed."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_age_s: dict[str, float] | None = None,
+        max_bytes: int = 64 << 20,
+    ) -> None:
+        """Open or make the store. Raises StoreUnavailable: not writable, in use, or written by a newer llep."""
+        self.path = folder / FILE
+        self.set_aside: Path | None = None  # where the damaged file went, if there was one
+        self._max_age_s = max_age_s or {"revisions": 365 * DAY_S, "events": 30 * DAY_S}
+        self._max_bytes = max_bytes
+        self._lock = _take_lock(folder)
+        try:
+            self._db = self._open_or_set_aside()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def close(self) -> None:
+        with suppress(sqlite3.Error):
+            self._db.close()
+        os.close(self._lock)
+
+    def desired(self) -> Desired:
+        """What the newest revision says; revision 0 if there is none."""
+        rows = self._read("SELECT desired FROM revisions ORDER BY number DESC LIMIT 1")
+        return msgspec.json.decode(rows[0][0], type=Desired) if rows else Desired()
+
+    def append(self, revision: Revision, event: NewEvent) -> None:
+        """Store a revision and its event, both or neither; on return they survive a crash of process and machine."""
+        row = (revision.number, revision.time_s, revision.author, revision.reason)
+        contents = (_json_or_null(revision.engines), _json(revision.patch), _json(revision.desired))
+        self._write(("INSERT INTO revisions VALUES (?, ?, ?, ?, ?, ?, ?)", (*row, *contents)), _insert(event))
+
+    def revisions(self, limit: int) -> list[Revision]:
+        """The newest revisions, newest first."""
+        rows = self._read("SELECT * FROM revisions ORDER BY number DESC LIMIT ?", limit)
+        return [_revision(row) for row in rows]
+
+    def add_events(self, events: Iterable[NewEvent]) -> None:
+        self._write(*map(_insert, events))
+
+    def events(self, limit: int, *, before_id: int | None = None, after_id: int | None = None) -> list[Event]:
+        """Events newest first. before_id: only older ones; after_id: only newer ones."""
+        rows = self._read(
+            "SELECT * FROM events WHERE id < ? AND id > ? ORDER BY id DESC LIMIT ?",
+            *(before_id if before_id is not None else 1 << 62, after_id if after_id is not None else -1, limit),
+        )
+        names = ("id", "time_s", "kind", "engine", "author", "message", "data")
+        return [Event(**{**dict(zip(names, row, strict=True)), "data": msgspec.json.decode(row[-1])}) for row in rows]
+
+    def put_engine(self, known: KnownEngine) -> None:
+        row = (known.info.engine, known.incarnation, known.last_seen_s, _json(known.info))
+        self._write(("INSERT OR REPLACE INTO engines VALUES (?, ?, ?, ?)", row))
+
+    def forget_engine(self, name: str) -> None:
+        self._write(("DELETE FROM engines WHERE name = ?", (name,)))
+
+    def engines(self) -> list[KnownEngine]:
+        """The engines known when the last scheduler ended; those that another version of llep wrote are left out."""
+        known = []
+        for incarnation, last_seen_s, info in self._read("SELECT incarnation, last_seen_s, info FROM engines"):
+            with suppress(msgspec.MsgspecError):
+                known.append(KnownEngine(msgspec.json.decode(info, type=EngineInfo), incarnation, last_seen_s))
+        return known
+
+    def prune(self, now_s: float) -> None:
+        """Drop what is too old, then the oldest quarters until the size fits; the newest revision always stays."""
+        for table, max_age_s in self._max_age_s.items():
+            self._drop(table, "time_s < ?", now_s - max_age_s)
+        for _ in range(20):
+            if self._used_bytes() <= self._max_bytes:
+                break
+            for table, key in (("revisions", "number"), ("events", "id")):
+                ((count,),) = self._read(f"SELECT count(*) FROM {table}")
+                self._drop(table, f"{key} IN (SELECT {key} FROM {table} ORDER BY {key} LIMIT ?)", count // 4 + 1)
+
+    def _drop(self, table: str, condition: str, value: float) -> None:
+        keep = " AND number < (SELECT max(number) FROM revisions)" if table == "revisions" else ""
+        self._write((f"DELETE FROM {table} WHERE {condition}{keep}", (value,)))
+
+    def _used_bytes(self) -> int:
+        pages, free, size = (
+            self._read(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * size)
+
+    def _open_or_set_aside(self) -> sqlite3.Connection:
+        try:
+            return self._open()
+        except Damaged:
+            self.set_aside = _set_aside(self.path)
+        try:
+            return self._open()
+        except Damaged as error:
+            raise StoreUnavailable(f"a new {self.path} is damaged at once: {error}; check the disk") from None
+
+    def _open(self) -> sqlite3.Connection:
+        if self.path.exists() and not self.path.stat().st_size:
+            raise Damaged("empty file")
+        db = sqlite3.connect(self.path, timeout=2.0, isolation_level=None, check_same_thread=False)
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            self._migrate(db)
+            _check(db)
+        except Damaged:
+            db.close()
+            raise
+        except sqlite3.DatabaseError as error:
+            db.close()
+            if _is_damage(error):
+                raise Damaged(str(error)) from None
+            raise StoreUnavailable(_way_out(self.path, error)) from None
+        except BaseException:
+            db.close()
+            raise
+        self._inode = self.path.stat().st_ino
+        return db
+
+    def _migrate(self, db: sqlite3.Connection) -> None:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version > len(_MIGRATIONS):
+            raise StoreUnavailable(
+                f"{self.path} has schema version {version}, above {len(_MIGRATIONS)}: install the newer "
+                "llep that wrote it, or set LLEP_STATE_DIR to another folder"
+            )
+        for number, script in enumerate(_MIGRATIONS[version:], start=version + 1):
+            db.executescript(f"BEGIN; {script}; PRAGMA user_version = {number}; COMMIT;")
+
+    def _read(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        try:
+            return self._db.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._failed(error) from None
+
+    def _write(self, *statements: tuple[str, tuple[Any, ...]]) -> None:
+        if not statements:
+            return
+        self._check_still_there()
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            for sql, values in statements:
+                self._db.execute(sql, values)
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            with suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise self._failed(error) from None
+
+    def _check_still_there(self) -> None:
+        """Raises Damaged if somebody removed the file: SQLite would go on writing into nothing."""
+        try:
+            inode = self.path.stat().st_ino
+        except OSError as error:
+            raise Damaged(str(error)) from None
+        if inode != self._inode:
+            raise Damaged("another file has taken its place")
+
+    def _failed(self, error: sqlite3.Error) -> Exception:
+        return Damaged(str(error)) if _is_damage(error) else StoreUnavailable(_way_out(self.path, error))
+
+
+def _take_lock(folder: Path) -> int:
+    """An open descriptor that holds the folder; the kernel lets go of it when the process ends, however it ends."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StoreUnavailable(_way_out(folder, error)) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise StoreUnavailable(
+            f"the state folder {folder} is in use by another scheduler: set LLEP_STATE_DIR to a folder of its own"
+        ) from None
+    return lock
+
+
+def _check(db: sqlite3.Connection) -> None:
+    """Raises Damaged unless every page is whole and the newest revision can be read."""
+    (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if verdict != "ok":
+        raise Damaged(verdict)
+    try:
+        for row in db.execute("SELECT * FROM revisions ORDER BY number DESC LIMIT 1").fetchall():
+            _revision(row)
+        db.execute("SELECT id, time_s, kind, engine, author, message, data FROM events LIMIT 1")
+        db.execute("SELECT name, incarnation, last_seen_s, info FROM engines LIMIT 1")
+    except (sqlite3.OperationalError, msgspec.MsgspecError, ValueError) as error:
+        raise Damaged(str(error)) from None
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    # Operational: disk full, read-only, locked, I/O. What is left is SQLITE_CORRUPT and SQLITE_NOTADB.
+    return isinstance(error, sqlite3.DatabaseError) and not isinstance(
+        error, sqlite3.OperationalError | sqlite3.IntegrityError | sqlite3.ProgrammingError
+    )
+
+
+def _set_aside(path: Path) -> Path:
+    """Move the file and its journals away; returns where to. Only the newest few are kept."""
+    kept = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
+    try:
+        for suffix in ("-wal", "-shm", ""):
+            with suppress(FileNotFoundError):
+                os.replace(f"{path}{suffix}", f"{kept}{suffix}")
+    except OSError as error:
+        raise StoreUnavailable(_way_out(path, error)) from None
+    found = sorted(p for p in path.parent.glob(f"{path.name}.damaged-*") if not p.name.endswith(("-wal", "-shm")))
+    for old in found[:-DAMAGED_KEPT]:
+        for suffix in ("-wal", "-shm", ""):
+            Path(f"{old}{suffix}").unlink(missing_ok=True)
+    return kept
+
+
+def _way_out(path: Path, error: Exception) -> str:
+    return f"the scheduler's state at {path} can't be written: {error}; free or repair the disk, or set LLEP_STATE_DIR"
+
+
+def _insert(event: NewEvent) -> tuple[str, tuple[Any, ...]]:
+    row = (event.time_s, str(event.kind), event.engine, event.author, event.message, _json(event.data))
+    return "INSERT INTO events (time_s, kind, engine, author, message, data) VALUES (?, ?, ?, ?, ?, ?)", row
+
+
+def _revision(row: tuple[Any, ...]) -> Revision:
+    number, time_s, author, reason, engines, patch, desired = row
+    return Revision(
+        number=number,
+        time_s=time_s,
+        author=author,
+        reason=reason,
+        engines=None if engines is None else msgspec.json.decode(engines, type=list[str]),
+        patch=msgspec.json.decode(patch, type=dict[str, Any]),
+        desired=msgspec.json.decode(desired, type=Desired),
+    )
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _json_or_null(value: Any) -> str | None:
+    return None if value is None else _json(value)
