@@ -113,7 +113,7 @@ class HotExperts:
     def _ratios(self, engine: str, incarnation: str, routed_LE: Counts, now_s: float) -> list[float]:
         known, baselines = self._baselines.get(engine, ("", []))
         if known != incarnation:
-            baselines = [(now_s, np.zeros_like(routed_LE))]
+            baselines = [(now_s, routed_LE)]
         if now_s - baselines[-1][0] >= HOT_WINDOW_S:
             baselines = [baselines[-1], (now_s, routed_LE)]
         self._baselines[engine] = (incarnation, baselines)

@@ -1,0 +1,182 @@
+"""An engine as the scheduler hears it: real counts, planned by the real planner, told in real Reports."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llep.config import Settings
+from llep.loads import imbalance_ratio, skewed_counts
+from llep.messages import (
+    IMBALANCE_BUCKETS,
+    LAYER_PHASES,
+    PROTOCOL,
+    SECONDS_BUCKETS,
+    Array,
+    Directive,
+    EngineInfo,
+    GroupLoads,
+    Histogram,
+    Report,
+)
+from llep.placement import Placement
+from llep.plan import Decision
+from llep.planning import PlanOptions, plan_step
+
+BYTES_PER_SLOT = 3_000_000
+
+
+@dataclass
+class Engine:
+    """`run(tokens)` is one step through all layers; `reports()` is what every rank says then."""
+
+    name: str = "tiny"
+    model_name: str = "org/tiny-moe"
+    ep_size: int = 2
+    layer_numbers: tuple[int, ...] = (1, 2, 5)
+    num_experts: int = 16
+    top_k: int = 4
+    slots_per_rank: int = 4
+    seed: int = 0
+    start: dict[str, Any] = field(default_factory=dict)
+    seq: int = 0
+    incarnation: str = "first"
+    errors: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        L, R, E = len(self.layer_numbers), self.ep_size, self.num_experts
+        self.settings = Settings.parse({"min_chunk_tokens": 1, "min_batch_tokens": 0, **self.start})
+        self.start_settings = self.settings.dump()
+        self.revision = 0
+        self.apply_error = ""
+        self.steps = Counter({"prefill": 0, "decode": 0})
+        self.tokens_L = np.zeros(L, np.int64)
+        self.routed_LE = np.zeros((L, E), np.int64)
+        self.routed_LR = np.zeros((L, R), np.int64)
+        self.computed_LR = np.zeros((L, R), np.int64)
+        self.layer_steps_L = np.zeros(L, np.int64)
+        self.imbalance_sum_LS = np.zeros((L, 2))
+        self.imbalance_counts = np.zeros((2, len(IMBALANCE_BUCKETS) + 1), np.int64)
+        self.spilled_in_R, self.spilled_out_R = np.zeros(R, np.int64), np.zeros(R, np.int64)
+        self.lends_in_R, self.lends_out_R = np.zeros(R, np.int64), np.zeros(R, np.int64)
+        self.decisions: Counter[str] = Counter()
+        self.placement = Placement.linear(E, R, self.slots_per_rank)
+
+    def run(self, tokens: int = 1024, hot_share: float = 0.9, phase: str = "prefill") -> None:
+        self.steps[phase] += 1
+        for layer in range(len(self.layer_numbers)):
+            self._run_layer(layer, tokens, hot_share)
+
+    def take(self, directive: Directive) -> None:
+        """Run under what the scheduler says, from now on."""
+        self.settings, self.revision = Settings.parse(directive.settings), directive.revision
+
+    def reports(self) -> list[Report]:
+        self.seq += 1
+        return [self._report(rank) for rank in range(self.ep_size)]
+
+    def _run_layer(self, layer: int, tokens: int, hot_share: float) -> None:
+        seed = self.seed + 1000 * layer + self.steps.total()
+        counts_RE = skewed_counts(1, self.num_experts, tokens * self.top_k, [0, 1], hot_share, seed)
+        counts_RE = np.vstack([counts_RE, np.zeros((self.ep_size - 1, self.num_experts), np.int64)])
+        options = PlanOptions(
+            imbalance_threshold=self.settings.imbalance_threshold, min_chunk_tokens=self.settings.min_chunk_tokens
+        )
+        plan = plan_step(self.settings.planner, counts_RE, self.placement, options)
+        counts_E = counts_RE.sum(axis=0)
+        routed_R = np.zeros(self.ep_size, np.int64)
+        np.add.at(routed_R, np.array(self.placement.home_rank), counts_E)
+        computed_R = np.array(plan.rank_loads, np.int64)
+        self.tokens_L[layer] += tokens
+        self.routed_LE[layer] += counts_E
+        self.routed_LR[layer] += routed_R
+        self.computed_LR[layer] += computed_R
+        self.layer_steps_L[layer] += 1
+        self.decisions[str(plan.decision)] += 1
+        for stage, loads in enumerate((routed_R, computed_R)):
+            ratio = imbalance_ratio(loads)
+            self.imbalance_sum_LS[layer, stage] += ratio
+            self.imbalance_counts[stage, np.searchsorted(IMBALANCE_BUCKETS, ratio)] += 1
+        for lend in plan.lends:
+            self.lends_in_R[lend.dst_rank] += 1
+            self.lends_out_R[lend.src_rank] += 1
+            self.spilled_in_R[lend.dst_rank] += lend.tokens
+            self.spilled_out_R[lend.src_rank] += lend.tokens
+
+    def _report(self, rank: int) -> Report:
+        return Report(
+            protocol=PROTOCOL,
+            info=self._info(),
+            rank=rank,
+            incarnation=self.incarnation,
+            seq=self.seq,
+            time_s=time.time(),
+            step=self.steps.total(),
+            steps=dict(self.steps),
+            held_revision=self.revision,
+            live_revision=self.revision,
+            live_settings=self.settings.dump(),
+            live_since_step=0,
+            live_since_time_s=1_700_000_000.0,
+            last_apply_error=self.apply_error,
+            phase_seconds={phase: self._phase(index, rank) for index, phase in enumerate(LAYER_PHASES)},
+            layer_seconds=0.5 * self.steps.total(),
+            memory_budget_bytes=self.slots_per_rank * BYTES_PER_SLOT,
+            memory_used_bytes=rank * BYTES_PER_SLOT,
+            memory_peak_bytes=self.slots_per_rank * BYTES_PER_SLOT,
+            errors=self.errors,
+            group=self._group() if rank == 0 else None,
+        )
+
+    def _info(self) -> EngineInfo:
+        return EngineInfo(
+            engine=self.name,
+            model_name=self.model_name,
+            llep_version="0.1.0",
+            vllm_version="0.32.0",
+            backend="cpu",
+            quantization="none",
+            dtype="float32",
+            ep_size=self.ep_size,
+            tp_size=self.ep_size,
+            dp_size=1,
+            layer_numbers=self.layer_numbers,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            slots_per_rank=self.slots_per_rank,
+            bytes_per_slot=BYTES_PER_SLOT,
+            max_model_len=4096,
+            settings=self.start_settings,
+            setting_sources=dict.fromkeys(self.start_settings, "default"),
+        )
+
+    def _phase(self, index: int, rank: int) -> Histogram:
+        counts = [0] * (len(SECONDS_BUCKETS) + 1)
+        counts[index % len(counts)] = self.steps.total() * len(self.layer_numbers)
+        return Histogram(tuple(counts), 0.25 * (rank + 1) * self.steps.total())
+
+    def _group(self) -> GroupLoads:
+        before, after = (
+            Histogram(tuple(map(int, self.imbalance_counts[stage])), float(self.imbalance_sum_LS[:, stage].sum()))
+            for stage in (0, 1)
+        )
+        return GroupLoads(
+            tokens_L=Array.of(self.tokens_L),
+            routed_LE=Array.of(self.routed_LE),
+            routed_LR=Array.of(self.routed_LR),
+            computed_LR=Array.of(self.computed_LR),
+            layer_steps_L=Array.of(self.layer_steps_L),
+            imbalance_sum_LS=Array.of(self.imbalance_sum_LS),
+            imbalance_histograms=(before, after),
+            decisions={decision: self.decisions[decision] for decision in Decision},
+            spilled_in_R=Array.of(self.spilled_in_R),
+            spilled_out_R=Array.of(self.spilled_out_R),
+            lends_in_R=Array.of(self.lends_in_R),
+            lends_out_R=Array.of(self.lends_out_R),
+            bytes_per_lend=BYTES_PER_SLOT,
+            last_plan_time_s=1_700_000_100.0 if self.decisions else 0.0,
+        )

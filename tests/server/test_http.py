@@ -1,0 +1,314 @@
+"""What the routes answer, over real HTTP to a real scheduler; first of all what they answer to mistakes."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import httpx
+import pytest
+from reporting import Engine
+from running import Running
+
+from llep import __version__
+from llep.config import Settings
+
+
+def error_of(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    """The error member of a body that must be exactly as documented."""
+    body = response.json()
+    assert response.status_code == status, body
+    assert response.headers["content-type"] == "application/json"
+    assert set(body) - {"ready", "checks"} == {"error", "request_id"}
+    assert body["request_id"] == response.headers["X-Request-Id"] != ""
+    error: dict[str, Any] = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code
+    return error
+
+
+def value_of(view: dict[str, Any], key: str) -> Any:
+    return next(setting["value"] for setting in view["settings"] if setting["key"] == key)
+
+
+def test_probes_and_version(unchanged: Running) -> None:
+    assert unchanged.http.get("/livez").json() == {"status": "ok"}
+    assert unchanged.http.get("/version").json()["version"] == __version__
+    assert unchanged.http.get("/", follow_redirects=False).headers["location"] == "/docs"
+
+
+def test_docs_need_nothing_from_elsewhere_and_show_every_route(unchanged: Running) -> None:
+    page = unchanged.http.get("/docs")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "<script" not in page.text and 'src="' not in page.text
+    for path in unchanged.http.get("/openapi.json").json()["paths"]:
+        assert path in page.text
+    for key in Settings.model_fields:
+        assert key in page.text
+
+
+def test_ready_only_with_a_fresh_engine_that_holds_what_is_desired(running: Running) -> None:
+    error = error_of(running.http.get("/readyz"), 503, "not_ready")
+    assert "engines: 0 of 0 engines report" in error["message"]
+    engine = Engine()
+    assert running.report(engine) == []
+    assert running.http.get("/readyz").json()["ready"] is True
+
+    running.http.patch("/v1/settings", json={"imbalance_threshold": 2.0})
+    body = running.http.get("/readyz").json()
+    assert {check["name"]: check["ok"] for check in body["checks"]} == {
+        "scheduler": True,
+        "store": True,
+        "engines": True,
+        "settings": False,
+    }
+    running.report(engine)  # takes the directive
+    running.report(engine)  # says so
+    assert running.http.get("/readyz").status_code == 200
+
+    running.caller.is_up = False
+    error = error_of(running.http.get("/readyz"), 503, "not_ready")
+    assert "scheduler: no scheduler at 'auto'" in error["message"]
+    assert running.http.get("/health").status_code == 200
+    assert running.http.get("/health").json()["status"] == "degraded"
+    assert running.http.get("/livez").status_code == 200
+
+
+def test_engines(running: Running) -> None:
+    running.report(Engine(name="org/a", ep_size=3))
+    running.report(Engine(name="b"))
+    page = running.http.get("/v1/engines").json()
+    assert [engine["id"] for engine in page["data"]] == ["b", "org/a"]
+    assert (page["object"], page["has_more"], page["next_cursor"]) == ("list", False, None)
+    engine = running.http.get("/v1/engines/org/a").json()
+    assert (engine["ep_size"], engine["state"], len(engine["ranks"])) == (3, "live", 3)
+    error = error_of(running.http.get("/v1/engines/bb"), 404, "unknown_engine")
+    assert error["message"] == "unknown engine 'bb'; did you mean 'b'?"
+
+
+def test_settings_change_reaches_the_engine_and_the_audit_trail(running: Running) -> None:
+    engine = Engine()
+    running.report(engine)
+    before = running.http.get("/v1/settings", params={"engine": "tiny"})
+    assert before.headers["ETag"] == '"0"'
+    answer = running.http.patch(
+        "/v1/settings",
+        params={"reason": "too eager", "engines": ["tiny"]},
+        json={"imbalance_threshold": 1.75},
+        headers={"If-Match": before.headers["ETag"]},
+    )
+    change = answer.json()
+    assert answer.headers["ETag"] == f'"{change["revision"]}"' == '"1"'
+    assert change["diff"] == {"imbalance_threshold": [1.3, 1.75]}
+    assert [(applied["engine"], applied["state"]) for applied in change["applied"]] == [("tiny", "sent")]
+
+    running.report(engine)
+    assert engine.settings.imbalance_threshold == 1.75
+    after = running.http.get("/v1/settings", params={"engine": "tiny"}).json()
+    assert value_of(after, "imbalance_threshold") == 1.75
+    event = next(e for e in running.http.get("/v1/events").json()["data"] if e["kind"] == "settings")
+    assert event["author"] == "anonymous@127.0.0.1"
+    assert "too eager" in event["message"]
+
+
+def test_dry_run_changes_nothing(unchanged: Running) -> None:
+    change = unchanged.http.patch("/v1/settings", params={"dry_run": "true"}, json={"capacity_factor": 2}).json()
+    assert change["dry_run"] is True and change["diff"] == {"capacity_factor": [1.0, 2.0]}
+    view = unchanged.http.get("/v1/settings").json()
+    assert view["revision"] == 0 and value_of(view, "capacity_factor") == 1.0
+
+
+def test_second_change_of_one_revision_is_refused(running: Running) -> None:
+    headers = {"If-Match": '"0"'}
+    assert running.http.patch("/v1/settings", json={"watchdog_s": 30}, headers=headers).status_code == 200
+    error_of(running.http.patch("/v1/settings", json={"watchdog_s": 40}, headers=headers), 412, "revision_conflict")
+    assert value_of(running.http.get("/v1/settings").json(), "watchdog_s") == 30
+    star = running.http.patch("/v1/settings", json={"watchdog_s": 40}, headers={"If-Match": "*"})
+    assert star.json()["revision"] == 2
+
+
+@pytest.mark.parametrize(
+    ("patch", "param", "words"),
+    [
+        ({"imbalance_treshold": 2}, "imbalance_treshold", "did you mean 'imbalance_threshold'"),
+        ({"imbalance_threshold": 0.5}, "imbalance_threshold", "greater than or equal to 1"),
+        ({"imbalance_threshold": "high"}, "imbalance_threshold", "'high'"),
+        ({"slots_per_rank": 8}, "slots_per_rank", "can't change while serving"),
+        ({"mode": "actve"}, "mode", "'off', 'observe', 'shadow' or 'active'"),
+        ({"layers": "7-3"}, "layers", "'7-3'"),
+        ({"planner": "\ud800"}, "planner", "planner="),
+        ({"watchdog_s": 30, "\ud800": 1}, "", "unicode"),
+    ],
+)
+def test_invalid_settings_change_nothing(unchanged: Running, patch: dict[str, Any], param: str, words: str) -> None:
+    body = json.dumps(patch).encode()
+    response = unchanged.http.patch("/v1/settings", content=body, headers={"Content-Type": "application/json"})
+    error = error_of(response, 422, "invalid_setting")
+    assert error["param"] == param
+    assert words in error["message"]
+    assert unchanged.http.get("/v1/settings").json()["revision"] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type", "status", "code"),
+    [
+        (b'{"mode": ', "application/json", 400, "invalid_json"),
+        (b"", "application/json", 422, "invalid_request"),
+        (b"[1, 2]", "application/json", 422, "invalid_request"),
+        (b'"mode"', "application/merge-patch+json", 422, "invalid_request"),
+        (b'{"mode": "off"}', "application/x-www-form-urlencoded", 415, "unsupported_media_type"),
+        (b'{"mode": "off"}', "", 415, "unsupported_media_type"),
+        (b"\xff\xfe", "application/json", 400, "invalid_json"),
+        (b'{"mode": "\xff"}', "application/json", 400, "invalid_body"),
+        (b"[" * 100_000, "application/json", 400, "invalid_body"),
+        (b'{"watchdog_s": ' + b"9" * 10_000 + b"}", "application/json", 400, "invalid_body"),
+        (b'{"imbalance_threshold": NaN}', "application/json", 422, "invalid_setting"),
+        (b'{"watchdog_s": 1e400}', "application/json", 422, "invalid_setting"),
+    ],
+)
+def test_bad_bodies(unchanged: Running, content: bytes, content_type: str, status: int, code: str) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    error_of(unchanged.http.patch("/v1/settings", content=content, headers=headers), status, code)
+    assert unchanged.http.get("/v1/settings").json()["revision"] == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code", "param"),
+    [
+        ("GET", "/v1/nothing", 404, "not_found", None),
+        ("GET", "/nothing", 404, "not_found", None),
+        ("DELETE", "/v1/settings", 405, "method_not_allowed", None),
+        ("POST", "/livez", 405, "method_not_allowed", None),
+        ("GET", "/v1/settings?engin=a", 422, "invalid_request", "engin"),
+        ("GET", "/v1/settings?engine=a", 404, "unknown_engine", None),
+        ("GET", "/v1/engines?limit=3", 422, "invalid_request", "limit"),
+        ("GET", "/v1/loads?window_s=0", 422, "invalid_request", "window_s"),
+        ("GET", "/v1/loads?window_s=nan", 422, "invalid_request", "window_s"),
+        ("GET", "/v1/loads?window_s=1e9", 422, "invalid_request", "window_s"),
+        ("GET", "/v1/loads?window_s=soon", 422, "invalid_request", "window_s"),
+        ("GET", "/v1/loads?engine=a", 404, "unknown_engine", None),
+        ("GET", "/v1/events?limit=0", 422, "invalid_request", "limit"),
+        ("GET", "/v1/events?cursor=x", 422, "invalid_request", "cursor"),
+    ],
+)
+def test_bad_requests(unchanged: Running, method: str, path: str, status: int, code: str, param: str | None) -> None:
+    error = error_of(unchanged.http.request(method, path), status, code)
+    if param is not None:
+        assert error["param"] == param
+
+
+def test_mistyped_dry_run_does_not_change_anything(unchanged: Running) -> None:
+    response = unchanged.http.patch("/v1/settings?dryrun=true", json={"mode": "off"})
+    assert "did you mean 'dry_run'" in error_of(response, 422, "invalid_request")["message"]
+    assert value_of(unchanged.http.get("/v1/settings").json(), "mode") == "active"
+
+
+@pytest.mark.parametrize("value", ["three", '"-1"', '"1", "2"', "1" * 40])
+def test_bad_if_match(unchanged: Running, value: str) -> None:
+    response = unchanged.http.patch("/v1/settings", json={"mode": "off"}, headers={"If-Match": value})
+    assert error_of(response, 422, "invalid_request")["param"] == "If-Match"
+
+
+def test_unknown_engines_refuse_the_whole_change(running: Running) -> None:
+    running.report(Engine())
+    response = running.http.patch("/v1/settings?engines=tiny&engines=tin", json={"mode": "off"})
+    error_of(response, 404, "unknown_engine")
+    assert running.http.get("/v1/settings").json()["revision"] == 0
+
+
+def test_body_limit(unchanged: Running) -> None:
+    big = b'{"reason": "' + b"x" * (1 << 20) + b'"}'
+    headers = {"Content-Type": "application/json"}
+    error_of(unchanged.http.patch("/v1/settings", content=big, headers=headers), 413, "body_too_large")
+    chunks = (big[start : start + 65536] for start in range(0, len(big), 65536))
+    error_of(unchanged.http.patch("/v1/settings", content=chunks, headers=headers), 413, "body_too_large")
+    assert unchanged.http.get("/livez").status_code == 200
+
+
+def test_mode_goes_back_by_itself(running: Running) -> None:
+    change = running.http.put("/v1/mode", json={"mode": "observe", "ttl_s": 1.5}).json()
+    assert change["diff"] == {"mode": ["active", "observe"]}
+    assert change["reverts_at_s"] == pytest.approx(time.time() + 1.5, abs=1.5)
+    assert value_of(running.http.get("/v1/settings").json(), "mode") == "observe"
+    deadline = time.monotonic() + 10
+    while value_of(running.http.get("/v1/settings").json(), "mode") == "observe":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert value_of(running.http.get("/v1/settings").json(), "mode") == "active"
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"mode": "of"}, {"mode": "off", "ttl": 5}, {"mode": "off", "ttl_s": -1}, {"mode": "off", "ttl_s": 1e9}]
+)
+def test_bad_mode(unchanged: Running, body: dict[str, Any]) -> None:
+    error_of(unchanged.http.put("/v1/mode", json=body), 422, "invalid_request")
+
+
+def test_loads_add_up(running: Running) -> None:
+    engine = Engine(ep_size=4, num_experts=32)
+    running.report(engine)
+    for _ in range(3):
+        engine.run(tokens=512)
+    running.report(engine)
+    (loads,) = running.http.get("/v1/loads", params={"window_s": 60, "engine": "tiny"}).json()["data"]
+    pairs = 3 * 512 * engine.top_k * len(engine.layer_numbers)
+    assert loads["tokens"] == 3 * 512
+    assert sum(rank["routed_tokens"] for rank in loads["ranks"]) == pairs
+    assert sum(rank["computed_tokens"] for rank in loads["ranks"]) == pairs
+    assert loads["lends"] > 0
+    assert loads["imbalance_ratio_after"] < loads["imbalance_ratio_before"]
+
+
+def test_events_page_by_page(running: Running) -> None:
+    for watchdog_s in range(10, 17):
+        running.http.patch("/v1/settings", json={"watchdog_s": watchdog_s})
+    pages: list[list[int]] = []
+    cursor: str | None = None
+    while True:
+        page = running.http.get("/v1/events", params={"limit": 3, **({"cursor": cursor} if cursor else {})}).json()
+        pages.append([event["id"] for event in page["data"]])
+        cursor = page["next_cursor"]
+        assert page["has_more"] == (cursor is not None)
+        if cursor is None:
+            break
+    ids = [number for page in pages for number in page]
+    assert all(len(page) == 3 for page in pages[:-1])
+    assert ids == sorted(set(ids), reverse=True)
+    assert len(ids) >= 7
+
+
+def test_request_ids_are_echoed_or_made(unchanged: Running) -> None:
+    assert unchanged.http.get("/livez", headers={"X-Request-Id": "abc-1"}).headers["X-Request-Id"] == "abc-1"
+    made = unchanged.http.get("/livez", headers={"X-Request-Id": "no blanks, please"}).headers["X-Request-Id"]
+    assert len(made) == 32
+
+
+def test_without_scheduler_every_question_is_answered_503(running: Running) -> None:
+    running.caller.is_up = False
+    for path in ("/v1/engines", "/v1/engines/a", "/v1/settings", "/v1/loads", "/v1/events"):
+        response = running.http.get(path)
+        error_of(response, 503, "scheduler_unreachable")
+        assert response.headers["Retry-After"] == "2"
+    error_of(running.http.patch("/v1/settings", json={"mode": "off"}), 503, "scheduler_unreachable")
+    assert running.http.get("/v1/settings/schema").json()["properties"]["mode"]["hot"] is True
+
+
+def test_an_unexpected_failure_is_a_documented_body(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(**_: Any) -> None:
+        raise RuntimeError("secret detail")
+
+    running.caller.scheduler.loads = broken  # type: ignore[method-assign]
+    response = running.http.get("/v1/loads")
+    assert "secret" not in error_of(response, 500, "internal_error")["message"]
+    deadline = time.monotonic() + 10
+    while "secret detail" not in caplog.text:  # in the log, where its owner finds it
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_strangers_host_is_refused_on_an_open_loopback(unchanged: Running) -> None:
+    response = unchanged.http.get("/v1/settings", headers={"Host": "evil.example:8088"})
+    error_of(response, 403, "foreign_host")
+    for host in ("localhost:1", "127.0.0.1", "[::1]:80"):
+        assert unchanged.http.get("/livez", headers={"Host": host}).status_code == 200

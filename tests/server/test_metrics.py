@@ -1,0 +1,283 @@
+"""/metrics: read by Prometheus's own parsers, and right: what is shown adds up to what the engines did."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+
+import httpx
+import msgspec
+import numpy as np
+import pytest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+from reporting import BYTES_PER_SLOT, Engine
+from running import Running
+
+from llep.messages import EngineSnapshot
+from llep_server.families import FAMILIES, Level, hottest
+from llep_server.metrics import KEEP_S, HotExperts, build
+
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+
+
+class Scrape:
+    """Sums over the samples of a page."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self.families = {family.name: family for family in families}
+        self.samples = [sample for family in self.families.values() for sample in family.samples]
+
+    def sum(self, name: str, **labels: str) -> float:
+        found = [s.value for s in self.samples if s.name == name and labels.items() <= s.labels.items()]
+        assert found, f"no sample of {name} {labels}"
+        return sum(found)
+
+    def has(self, name: str) -> bool:
+        return any(sample.name == name for sample in self.samples)
+
+
+def scrape(running: Running) -> Scrape:
+    time.sleep(KEEP_S)  # a page is kept so long
+    response = running.http.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return Scrape(parse_text(response.text))
+
+
+def snapshot_of(engine: Engine) -> EngineSnapshot:
+    return EngineSnapshot(
+        engine=engine.name,
+        state="live",
+        desired_revision=0,
+        last_seen_s=1_700_000_000.0,
+        refused={},
+        reports={report.rank: report for report in engine.reports()},
+    )
+
+
+def families_of(engine: Engine) -> Scrape:
+    """What is shown once the engine has done one more step than at the scrape before."""
+    hot = HotExperts()
+    hot.state_of(snapshot_of(engine), now_s=0.0)
+    engine.run()
+    return Scrape(build([hot.state_of(snapshot_of(engine), now_s=1.0)])[0])
+
+
+def test_sums_are_those_of_the_engines(running: Running) -> None:
+    engines = [Engine(name="a", ep_size=4, num_experts=32), Engine(name="b", ep_size=2, top_k=2, seed=7)]
+    for engine, steps in zip(engines, (3, 5), strict=True):
+        for _ in range(steps):
+            engine.run(tokens=512)
+        engine.run(tokens=16, phase="decode")
+        assert running.report(engine) == []
+    page = scrape(running)
+    for engine, steps in zip(engines, (3, 5), strict=True):
+        layers = len(engine.layer_numbers)
+        pairs = (steps * 512 + 16) * engine.top_k * layers
+        assert page.sum("llep_rank_routed_tokens_total", engine=engine.name) == pairs
+        assert page.sum("llep_rank_computed_tokens_total", engine=engine.name) == pairs
+        for rank in range(engine.ep_size):
+            computed = page.sum("llep_rank_computed_tokens_total", engine=engine.name, ep_rank=str(rank))
+            assert computed == engine.computed_LR[:, rank].sum()
+        assert page.sum("llep_steps_total", engine=engine.name, phase="prefill") == steps
+        assert page.sum("llep_steps_total", engine=engine.name, phase="decode") == 1
+        layer_steps = layers * (steps + 1)
+        assert page.sum("llep_plan_decisions_total", engine=engine.name) == layer_steps
+        for stage, index in (("before", 0), ("after", 1)):
+            labels = {"engine": engine.name, "stage": stage}
+            assert page.sum("llep_imbalance_ratio_count", **labels) == layer_steps
+            assert page.sum("llep_imbalance_ratio_bucket", le="+Inf", **labels) == layer_steps
+            assert page.sum("llep_imbalance_ratio_sum", **labels) == pytest.approx(
+                engine.imbalance_sum_LS[:, index].sum()
+            )
+        lends = page.sum("llep_lends_total", engine=engine.name, direction="in")
+        assert lends == page.sum("llep_lends_total", engine=engine.name, direction="out") > 0
+        assert page.sum("llep_lend_bytes_total", engine=engine.name, direction="in") == lends * BYTES_PER_SLOT
+        spilled = page.sum("llep_spilled_tokens_total", engine=engine.name, direction="in")
+        assert spilled == page.sum("llep_spilled_tokens_total", engine=engine.name, direction="out") > 0
+        assert (
+            page.sum("llep_mode", engine=engine.name) == page.sum("llep_mode", engine=engine.name, mode="active") == 1
+        )
+        seconds = 0.25 * sum(range(1, engine.ep_size + 1)) * (steps + 1)
+        assert page.sum("llep_phase_seconds_sum", engine=engine.name, phase="lend") == pytest.approx(seconds)
+    assert page.sum("llep_scheduler_up") == 1
+    assert all(s.labels["model_name"] == "org/tiny-moe" for s in page.samples if s.name != "llep_scheduler_up")
+
+
+def test_each_layers_sums_at_level_layer_rank() -> None:
+    engine = Engine(ep_size=4, start={"metrics_level": "layer_rank"})
+    for _ in range(3):
+        engine.run(tokens=1024)
+    page = families_of(engine)
+    for index, layer in enumerate(engine.layer_numbers):
+        assert page.sum("llep_layer_rank_computed_tokens_total", layer=str(layer)) == 4 * 1024 * engine.top_k
+        for rank in range(4):
+            value = page.sum("llep_layer_rank_computed_tokens_total", layer=str(layer), ep_rank=str(rank))
+            assert value == engine.computed_LR[index, rank]
+        for stage in (0, 1):
+            labels = {"layer": str(layer), "stage": ("before", "after")[stage]}
+            assert page.sum("llep_layer_imbalance_ratio_count", **labels) == 4
+            assert page.sum("llep_layer_imbalance_ratio_sum", **labels) == pytest.approx(
+                engine.imbalance_sum_LS[index, stage]
+            )
+
+
+@pytest.mark.parametrize(
+    ("level", "highest"),
+    [("off", Level.ALWAYS), ("rank", Level.RANK), ("layer", Level.LAYER), ("layer_rank", Level.LAYER_RANK)],
+)
+def test_metrics_level_decides_the_families(level: str, highest: Level) -> None:
+    engine = Engine(start={"metrics_level": level}, errors={"transport/timeout": 2})
+    shown = set(families_of(engine).families)
+    assert shown == {family.name.removesuffix("_total") for family in FAMILIES if family.level <= highest}
+
+
+def test_too_many_series_drop_a_level_and_say_so() -> None:
+    engine = Engine(ep_size=8, layer_numbers=tuple(range(61)), num_experts=64, top_k=8)
+    within = {}
+    for most in (200_000, 900, 400, 100):
+        engine.settings = engine.settings.changed({"metrics_level": "layer_rank", "metrics_max_series": most})
+        page = families_of(engine)
+        within[most] = (
+            page.has("llep_layer_rank_computed_tokens_total"),
+            page.has("llep_layer_imbalance_ratio_sum"),
+            page.has("llep_rank_computed_tokens_total"),
+            page.sum("llep_metrics_levels_dropped"),
+        )
+        assert most == 100 or len(page.samples) <= most
+    assert within == {
+        200_000: (True, True, True, 0),
+        900: (False, True, True, 1),
+        400: (False, False, True, 2),
+        100: (False, False, False, 3),
+    }
+
+
+def test_at_most_300_series_per_engine_at_ep_8() -> None:
+    engine = Engine(ep_size=8, num_experts=64, errors={"transport/timeout": 1, "plan/digest": 1})
+    assert 150 < len(families_of(engine).samples) <= 300
+
+
+def test_families_are_as_documented(running: Running) -> None:
+    engine = Engine(ep_size=3, start={"metrics_level": "layer_rank"}, errors={"transport/timeout": 2})
+    running.report(engine)
+    scrape(running)
+    engine.run()
+    running.report(engine)
+    page = scrape(running)
+    documentation = running.http.get("/docs").text
+    by_name = {family.name.removesuffix("_total"): family for family in FAMILIES}
+    assert set(page.families) == {*by_name, "llep_scheduler_up"}
+    for name, metric in page.families.items():
+        assert metric.documentation
+        assert name in documentation
+        assert ":" not in name and not any(sample.name.endswith("_created") for sample in metric.samples)
+        if name in by_name:
+            assert metric.type == by_name[name].type_name
+            expected = {"model_name", "engine", *by_name[name].labels}
+            assert all(set(sample.labels) - {"le"} == expected for sample in metric.samples)
+    assert page.sum("llep_errors_total", component="transport", type="timeout") == 2 * engine.ep_size
+
+
+def test_openmetrics_too(running: Running) -> None:
+    engine = Engine()
+    engine.run()
+    running.report(engine)
+    response = running.http.get("/metrics", headers={"Accept": OPENMETRICS})
+    assert response.headers["content-type"].startswith(OPENMETRICS)
+    page = Scrape(parse_openmetrics(response.text))
+    assert page.sum("llep_rank_computed_tokens_total") == 1024 * engine.top_k * len(engine.layer_numbers)
+
+
+def test_names_that_need_escaping(running: Running) -> None:
+    engine = Engine(name='a"b\\c', model_name="/models/ö 中")
+    running.report(engine)
+    page = scrape(running)
+    assert page.sum("llep_info", engine='a"b\\c', model_name="/models/ö 中", ep_size="2") == 1
+
+
+def test_refused_reports_and_refused_settings_are_seen(running: Running) -> None:
+    engine = Engine()
+    engine.run()
+    running.report(engine)
+    engine.seq -= 1
+    assert len(running.report(engine)) == 2
+    engine.apply_error = "no such layer"
+    engine.run()
+    running.report(engine)
+    page = scrape(running)
+    assert page.sum("llep_errors_total", component="scheduler", type="report_order") == 2
+    assert page.sum("llep_settings_last_apply_successful") == 0
+
+
+def test_goes_on_without_a_scheduler(running: Running) -> None:
+    running.report(Engine())
+    running.caller.is_up = False
+    page = scrape(running)
+    assert [(sample.name, sample.value) for sample in page.samples] == [("llep_scheduler_up", 0)]
+    running.caller.is_up = True
+    assert scrape(running).sum("llep_info") == 1
+
+
+def test_many_scrapes_ask_the_scheduler_once(running: Running) -> None:
+    running.report(Engine())
+    running.caller.calls.clear()
+
+    async def ask_all() -> set[bytes]:
+        async with httpx.AsyncClient(base_url=running.url, trust_env=False) as http:
+            return {response.content for response in await asyncio.gather(*(http.get("/metrics") for _ in range(20)))}
+
+    assert len(asyncio.run(ask_all())) == 1
+    assert running.caller.calls == ["metrics"]
+
+
+def test_hot_experts_are_the_hottest_lately() -> None:
+    engine, hot = Engine(seed=3), HotExperts()
+    engine.run(tokens=4096, hot_share=0.9)  # experts 0 and 1 take 0.45 each of 16
+    state = hot.state_of(snapshot_of(engine), now_s=0.0)
+    hot.state_of(snapshot_of(engine), now_s=1.0)
+    assert state.hot_ratios == []  # nothing before the control plane came
+    engine.run(tokens=4096, hot_share=0.9)
+    ratios = hot.state_of(snapshot_of(engine), now_s=30.0).hot_ratios
+    assert len(ratios) == 10 and list(ratios) == sorted(ratios, reverse=True)
+    assert ratios[:6] == pytest.approx([0.45 * 16] * 6, rel=0.1)
+    hot.state_of(snapshot_of(engine), now_s=61.0)
+    hot.state_of(snapshot_of(engine), now_s=122.0)
+    engine.run(tokens=4096, hot_share=2 / 16)  # as good as fair
+    ratios = hot.state_of(snapshot_of(engine), now_s=130.0).hot_ratios
+    assert max(ratios) < 1.2
+    engine.incarnation = "second"
+    assert hot.state_of(snapshot_of(engine), now_s=131.0).hot_ratios == []
+
+
+def test_hottest_of_nothing_is_nothing() -> None:
+    assert hottest(np.zeros((2, 4), np.int64), 10) == []
+    assert hottest(np.array([[0, 0], [3, 1]]), 10) == [1.5, 0.5]
+
+
+def test_an_engine_whose_rank_0_is_silent_shows_what_the_others_know() -> None:
+    engine = Engine(ep_size=2)
+    engine.run()
+    snapshot = snapshot_of(engine)
+    silent = msgspec.structs.replace(snapshot, reports={1: snapshot.reports[1]})
+    state = HotExperts().state_of(silent, now_s=0.0)
+    page = Scrape(build([state])[0])
+    assert page.sum("llep_memory_budget_bytes", ep_rank="1") == 4 * BYTES_PER_SLOT
+    assert not page.has("llep_rank_computed_tokens_total")
+
+
+def test_promtool_has_nothing_to_say(running: Running) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+    engine = Engine(start={"metrics_level": "layer_rank"}, errors={"transport/timeout": 2})
+    engine.run()
+    running.report(engine)
+    page = running.http.get("/metrics").content
+    checked = subprocess.run([promtool, "check", "metrics"], input=page, capture_output=True, timeout=30, check=False)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
