@@ -1,0 +1,350 @@
+"""llep's own placement planner: which experts get resident replicas, on which ranks, within a byte budget per rank.
+
+Loads come as windows and are kept as a forecast (`Forecast`: mean and spread). A layer's next copies are those that
+lower its highest rank load most per byte; layers compete for each rank's bytes, which makes it a knapsack over layers.
+Present copies stay unless their bytes are worth much more elsewhere, and what could be noise moves nothing.
+
+Shape letters: L layers (positions, not the model's numbers), E experts, R ranks.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from llep.planning.split import Split
+
+Floats = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+
+FORGOTTEN = 3.0  # over smoothing: age in windows at which a window has lost 95% of its weight and is dropped
+WORTH = 2.0  # times the loss from a copy is what must come instead of it
+LEVELS = 12  # rank loads that are tried between the present highest and the mean
+
+
+class Replica(NamedTuple):
+    """A resident copy of an expert away from its home rank. layer is a position, 0 for the first MoE layer."""
+
+    layer: int
+    expert: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the last windows say about each expert's share of its layer's pairs: an exponentially weighted mean, and how
+    far it may be off.
+
+    Shares, not tokens: that there is more traffic at noon says nothing about who is popular. A window without tokens
+    in a layer says nothing about it. The windows themselves are kept, because experts of one rank may well be popular
+    at the same time, and only windows show that.
+    """
+
+    share_WLE: Floats  # the newest window last
+    pairs_WL: Floats
+    smoothing: float
+
+    @classmethod
+    def start(cls, num_layers: int, num_experts: int, smoothing: float = 0.1) -> Forecast:
+        """Before the first window. smoothing is the newest window's weight; raising it forgets faster."""
+        if not 0.0 < smoothing < 1.0:
+            raise ValueError(f"smoothing must be above 0 and below 1, got {smoothing}")
+        return cls(np.zeros((0, num_layers, num_experts)), np.zeros((0, num_layers)), smoothing)
+
+    def seen(self, loads_LE: npt.NDArray[np.int64] | Floats) -> Forecast:
+        """The forecast after one more window. ValueError for loads of another shape, negative or not finite."""
+        loads_LE = np.asarray(loads_LE, dtype=np.float64)
+        if loads_LE.shape != self.share_WLE.shape[1:]:
+            raise ValueError(
+                f"loads must have shape {self.share_WLE.shape[1:]} as the windows before, got {loads_LE.shape}"
+            )
+        if not (np.isfinite(loads_LE).all() and (loads_LE >= 0).all()):
+            raise ValueError("loads must be finite and >= 0")
+        pairs_L = loads_LE.sum(axis=1)
+        share_LE: Floats = loads_LE / np.maximum(pairs_L, 1e-300)[:, None]
+        kept = math.ceil(FORGOTTEN / self.smoothing) - 1
+        return Forecast(
+            np.concatenate([self.share_WLE[-kept:], share_LE[None]]),
+            np.concatenate([self.pairs_WL[-kept:], pairs_L[None]]),
+            self.smoothing,
+        )
+
+    def windows(self, layer: int) -> int:
+        """Windows with tokens in this layer, of those that still count."""
+        return int((self.pairs_WL[:, layer] > 0).sum())
+
+    def share(self, layer: int) -> Floats:
+        """Mean share [E] of each expert; zeros before the first window."""
+        share_E: Floats = self._weights(layer) @ self.share_WLE[:, layer]
+        return share_E
+
+    def pairs(self, layer: int) -> float:
+        """Mean pairs of a window."""
+        return float(self._weights(layer) @ self.pairs_WL[:, layer])
+
+    def error(self, layer: int, parts_E: Floats) -> float:
+        """Standard error of the mean share of parts_E of the experts: from what was seen, at least that of chance."""
+        weights_W = self._weights(layer)
+        squares = float((weights_W**2).sum())
+        shares_W = self.share_WLE[:, layer] @ parts_E
+        mean = float(weights_W @ shares_W)
+        seen = float(weights_W @ (shares_W - mean) ** 2) / max(1.0 - squares, 1e-9)
+        drawn = mean * max(1.0 - mean, 0.0) / max(self.pairs(layer), 1.0)
+        return math.sqrt(max(seen, drawn) * squares)
+
+    def _weights(self, layer: int) -> Floats:
+        """Weight [W] of each window, 1 together."""
+        age_W = np.arange(len(self.pairs_WL))[::-1]
+        weights_W = (1.0 - self.smoothing) ** age_W * (self.pairs_WL[:, layer] > 0)
+        return np.asarray(weights_W / max(float(weights_W.sum()), 1e-300), dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaLimits:
+    """What a placement may cost, and what it must be worth. ValueError when invalid."""
+
+    budget_bytes: tuple[int, ...]  # per rank, over all layers
+    bytes_per_expert: int
+    min_gain_ratio: float = 0.001  # of the layer's mean rank load per copy; raising it makes fewer copies
+    noise_sigmas: float = 3.0  # raising it waits longer until an imbalance is believed
+    min_windows: int = 4  # fewer say nothing about the spread
+    max_added: int | None = None  # most new copies in one plan; None: no limit
+
+    def __post_init__(self) -> None:
+        if self.bytes_per_expert < 1:
+            raise ValueError(f"bytes_per_expert must be at least 1, got {self.bytes_per_expert}")
+        for rank, budget in enumerate(self.budget_bytes):
+            if budget < 0:
+                raise ValueError(f"budget_bytes must be >= 0, got {budget} for rank {rank}")
+        for name, value in (("min_gain_ratio", self.min_gain_ratio), ("noise_sigmas", self.noise_sigmas)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a number >= 0, got {value}")
+        if self.min_windows < 2:
+            raise ValueError(f"min_windows must be at least 2, got {self.min_windows}")
+
+
+@dataclass(frozen=True)
+class ReplicaPlan:
+    """Where copies shall be, and what that changes. Ratios are forecast max / mean of rank loads."""
+
+    replicas: tuple[Replica, ...]
+    added: tuple[Replica, ...]
+    dropped: tuple[Replica, ...]
+    imbalance_before_L: tuple[float, ...]
+    imbalance_after_L: tuple[float, ...]
+
+
+def plan_replicas(
+    forecast: Forecast, home_rank_LE: npt.NDArray[np.int64], present: Iterable[Replica], limits: ReplicaLimits
+) -> ReplicaPlan:
+    """Resident replicas within the limits, with few changes from the present ones; never two copies on one rank.
+
+    home_rank_LE[layer, expert] is a rank. ValueError where the arguments contradict each other.
+    """
+    present = tuple(sorted(present))
+    _check(forecast, home_rank_LE, present, limits)
+    spending = _Spending(forecast, home_rank_LE, present, limits)
+    before_L = tuple(layer.split.imbalance_ratio for layer in spending.layers)
+    spending.fit_budget()
+    for displaced_below in spending.thresholds():
+        spending.spend(displaced_below)
+    replicas = spending.replicas()
+    return ReplicaPlan(
+        replicas=replicas,
+        added=tuple(sorted(set(replicas) - set(present))),
+        dropped=tuple(sorted(set(present) - set(replicas))),
+        imbalance_before_L=before_L,
+        imbalance_after_L=tuple(layer.split.imbalance_ratio for layer in spending.layers),
+    )
+
+
+class _Step(NamedTuple):
+    """Copies that lower one layer's highest rank load; value is pairs off that load per copy."""
+
+    value: float
+    copies: tuple[tuple[int, int], ...]  # (expert, rank)
+
+
+class _Layer:
+    """One layer's forecast, split over the copies it has."""
+
+    def __init__(
+        self, forecast: Forecast, at: int, home_E: Ids, present: Sequence[Replica], limits: ReplicaLimits
+    ) -> None:
+        self._forecast, self._at = forecast, at
+        self.pairs = forecast.pairs(at)
+        self.split = Split(forecast.share(at), home_E, len(limits.budget_bytes))
+        self.split.add((copy.expert, copy.rank) for copy in present)
+        self.old = {(copy.expert, copy.rank) for copy in present}  # those of them that are still there
+        self.version = 0
+        self._losses: list[tuple[float, int, int]] | None = None
+        self._mean = float(self.split.rank_loads_R.mean())
+        self._min_gain = limits.min_gain_ratio * self._mean
+        # The highest of many noisy loads lies above their mean by about sqrt(2 ln n) of their errors.
+        highest = math.sqrt(2.0 * math.log(max(forecast.pairs_WL.shape[1] * self.split.num_ranks, 2)))
+        self._sigmas = limits.noise_sigmas + highest
+        self._is_known = forecast.windows(at) >= limits.min_windows and self._mean > 0.0
+
+    @property
+    def min_value(self) -> float:
+        """Pairs per copy that a step must be worth."""
+        return self._min_gain * self.pairs
+
+    def best_step(self, room_R: Ids) -> _Step | None:
+        """The copies worth most per copy, at most room_R new ones on each rank; None where none is worth enough."""
+        if not self._is_known:
+            return None
+        highest = self.split.highest_load
+        lowest = self._mean + self._sigmas * self._forecast.error(self._at, self.split.parts_of_highest())
+        best: _Step | None = None
+        for level in np.linspace(highest, lowest, LEVELS + 1)[1:] if lowest < highest else ():
+            copies = self.split.copies_for(float(level), room_R, self._min_gain)
+            if copies is None:
+                break
+            gain = (highest - float(level)) / max(len(copies), 1)
+            if copies and gain >= self._min_gain and (best is None or gain * self.pairs > best.value):
+                best = _Step(gain * self.pairs, tuple(copies))
+        return best
+
+    def losses(self) -> list[tuple[float, int, int]]:
+        """(pairs, expert, rank): by how much the highest rank load would grow without each old copy, at most."""
+        if self._losses is None:
+            lost = self.split.loss_without
+            self._losses = [(lost(expert, rank) * self.pairs, expert, rank) for expert, rank in sorted(self.old)]
+        return self._losses
+
+    def add(self, copies: Iterable[tuple[int, int]]) -> None:
+        self.split.add(copies)
+        self._changed()
+
+    def drop(self, expert: int, rank: int) -> None:
+        self.split.drop(expert, rank)
+        self.old.discard((expert, rank))
+        self._changed()
+
+    def _changed(self) -> None:
+        self.version += 1
+        self._losses = None
+
+
+class _Entry(NamedTuple):
+    """A layer's best step while the layer was at `version`; the first in order is worth most."""
+
+    minus_value: float
+    layer: int
+    version: int
+    step: _Step
+
+
+class _Spending:
+    """The ranks' budgets, spent over the layers step by step on whatever is worth most per copy."""
+
+    def __init__(
+        self, forecast: Forecast, home_rank_LE: Ids, present: Sequence[Replica], limits: ReplicaLimits
+    ) -> None:
+        by_layer: dict[int, list[Replica]] = {}
+        for copy in present:
+            by_layer.setdefault(copy.layer, []).append(copy)
+        self.layers = [
+            _Layer(forecast, at, home_E, by_layer.get(at, ()), limits) for at, home_E in enumerate(home_rank_LE)
+        ]
+        self._room_R = np.array(limits.budget_bytes, dtype=np.int64) // limits.bytes_per_expert
+        for copy in present:
+            self._room_R[copy.rank] -= 1
+        self._left = home_rank_LE.size * len(self._room_R) if limits.max_added is None else limits.max_added
+
+    def replicas(self) -> tuple[Replica, ...]:
+        return tuple(
+            Replica(at, expert, rank) for at, layer in enumerate(self.layers) for expert, rank in layer.split.copies()
+        )
+
+    def fit_budget(self) -> None:
+        """Drop the copies that are missed least from ranks whose budget has shrunk below what they hold."""
+        for rank in np.flatnonzero(self._room_R < 0):
+            while self._room_R[rank] < 0:
+                self._drop_least(int(rank))
+
+    def thresholds(self) -> Iterable[float]:
+        """0: into free room only. Then, falling, losses below which a present copy may be displaced."""
+        yield 0.0
+        everywhere = np.full_like(self._room_R, np.iinfo(np.int64).max)
+        values = [step.value for layer in self.layers if (step := layer.best_step(everywhere))]
+        threshold, lowest = max(values, default=0.0) / WORTH, min(layer.min_value for layer in self.layers)
+        while threshold >= max(lowest / WORTH, 1e-12):
+            yield threshold
+            threshold /= 2.0
+
+    def spend(self, displaced_below: float) -> None:
+        """Take the best steps of all layers, until none is left that is worth more than what it may displace."""
+        queue = [entry for at in range(len(self.layers)) if (entry := self._entry(at, displaced_below))]
+        heapq.heapify(queue)
+        while queue and self._left > 0:
+            entry = heapq.heappop(queue)
+            is_fresh = entry.version == self.layers[entry.layer].version
+            if is_fresh and self._fits(entry.step, displaced_below):
+                if len(entry.step.copies) > self._left:
+                    continue
+                self._take(entry)
+            if again := self._entry(entry.layer, displaced_below):
+                heapq.heappush(queue, again)
+
+    def _entry(self, at: int, displaced_below: float) -> _Entry | None:
+        layer = self.layers[at]
+        step = layer.best_step(self._room(displaced_below))
+        if step is None or step.value < WORTH * displaced_below:
+            return None
+        return _Entry(-step.value, at, layer.version, step)
+
+    def _room(self, displaced_below: float) -> Ids:
+        """Copies that each rank has room for, those counted in that may be displaced."""
+        room_R = self._room_R.copy()
+        for layer in self.layers if displaced_below else ():
+            for loss, _, rank in layer.losses():
+                room_R[rank] += loss < displaced_below
+        return room_R
+
+    def _fits(self, step: _Step, displaced_below: float) -> bool:
+        wanted_R = np.bincount([rank for _, rank in step.copies], minlength=len(self._room_R))
+        return bool((wanted_R <= self._room(displaced_below)).all())
+
+    def _take(self, entry: _Entry) -> None:
+        for _, rank in entry.step.copies:
+            if self._room_R[rank] <= 0:
+                self._drop_least(rank)
+            self._room_R[rank] -= 1
+        self.layers[entry.layer].add(entry.step.copies)
+        self._left -= len(entry.step.copies)
+
+    def _drop_least(self, rank: int) -> None:
+        """Drop the old copy on this rank that is missed least."""
+        _, at, expert = min(
+            (loss, at, expert)
+            for at, layer in enumerate(self.layers)
+            for loss, expert, holder in layer.losses()
+            if holder == rank
+        )
+        self.layers[at].drop(expert, rank)
+        self._room_R[rank] += 1
+
+
+def _check(forecast: Forecast, home_rank_LE: Ids, present: Sequence[Replica], limits: ReplicaLimits) -> None:
+    _, num_layers, num_experts = forecast.share_WLE.shape
+    num_ranks = len(limits.budget_bytes)
+    if home_rank_LE.shape != (num_layers, num_experts):
+        raise ValueError(f"home ranks must have shape {(num_layers, num_experts)}, got {home_rank_LE.shape}")
+    if not num_ranks or not 0 <= home_rank_LE.min() <= home_rank_LE.max() < num_ranks:
+        raise ValueError(f"home ranks must be in 0..{num_ranks - 1}, one budget per rank")
+    for copy in present:
+        limits_of = ((copy.layer, num_layers), (copy.expert, num_experts), (copy.rank, num_ranks))
+        if not all(0 <= value < count for value, count in limits_of):
+            raise ValueError(f"{copy} is not within {num_layers} layers, {num_experts} experts, {num_ranks} ranks")
+        if home_rank_LE[copy.layer, copy.expert] == copy.rank:
+            raise ValueError(f"{copy} is on the expert's home rank: one copy per rank is enough")
+    if len(set(present)) != len(present):
+        raise ValueError("present replicas must differ from each other")
