@@ -83,8 +83,8 @@ class AgreedSettings:
         for rank, header in enumerate(headers):
             if header[0] != first[0] or header[3] != first[3]:
                 raise RanksDisagree(
-                    f"EP rank {rank} is at step {header[0]} under revision {header[3]}, rank 0 at step {first[0]} under "
-                    f"revision {first[3]}: restart the engine"
+                    f"EP rank {rank} is at step {header[0]} under revision {header[3]}, rank 0 at step {first[0]} "
+                    f"under revision {first[3]}: restart the engine"
                 )
         held = headers[:, 1]
         if (held != held[0]).any():

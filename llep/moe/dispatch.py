@@ -68,13 +68,14 @@ def ranges(starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> Index:
     if not total:
         return np.zeros(0, dtype=np.int64)
     before = np.cumsum(lengths) - lengths
-    return np.arange(total, dtype=np.int64) + np.repeat(starts - before, lengths)
+    index: Index = np.arange(total, dtype=np.int64) + np.repeat(starts - before, lengths)
+    return index
 
 
 def dispatch(plan: Plan, counts_RE: Index, rank: int, local_ids: Sequence[int]) -> Dispatch:
     """This rank's part where each rank holds its own tokens (data-parallel attention).
 
-    counts_RE: pairs routed by each rank to each expert. local_ids[expert]: row of the expert in its home rank's weights.
+    counts_RE: pairs routed by each rank to each expert. local_ids[expert]: the expert's row in its home rank's weights.
     """
     starts_SR, lengths_SR = segment_shares(plan, counts_RE)
     segment_ranks = np.array([s.rank for s in plan.segments], dtype=np.int64)

@@ -30,7 +30,8 @@ class Experts(Protocol):
     `weights` are what is lent: contiguous tensors whose first dimension is local experts.
     """
 
-    weights: Mapping[str, torch.Tensor]
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]: ...
 
     def compute(
         self, bank: Mapping[str, torch.Tensor], rows_PH: torch.Tensor, experts_P: torch.Tensor, gates_P: torch.Tensor
@@ -178,9 +179,7 @@ class LeastLoadedMoE:
             raise ValueError(f"ids_TK holds expert {len(counts) - 1}, but there are {self.num_experts} experts")
         return counts
 
-    def _agree_on_routing(
-        self, gates_TK: torch.Tensor, ids_TK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _agree_on_routing(self, gates_TK: torch.Tensor, ids_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rank 0's routing, if any rank's differs; else what everybody holds already."""
         digests_R1 = self.transport.gather(_digest(ids_TK), "comparison of routing")
         if bool((digests_R1 == digests_R1[0]).all()):
@@ -213,7 +212,9 @@ def _on(like: torch.Tensor, index: npt.NDArray[np.int64]) -> torch.Tensor:
 def _check_weights(weights: Mapping[str, torch.Tensor], pool: LendingPool) -> None:
     for name, tensor in weights.items():
         if not tensor.is_contiguous():
-            raise ValueError(f"weights[{name!r}] must be contiguous, so that an expert's row can be lent; got strides {tensor.stride()}")
+            raise ValueError(
+                f"weights[{name!r}] must be contiguous, so that experts can be lent; got strides {tensor.stride()}"
+            )
         if tensor.shape[1:] != pool.tensors[name].shape[1:] or tensor.dtype != pool.tensors[name].dtype:
             raise ValueError(
                 f"weights[{name!r}] {tuple(tensor.shape)} {tensor.dtype} does not fit the pool's "

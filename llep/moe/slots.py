@@ -34,7 +34,7 @@ class LendingPool:
         touched at once, so that what sizes the KV cache afterwards sees it. Raises UnsupportedConfiguration if it is
         not to be had.
         """
-        local_experts = {name: tensor.shape[0] for name, tensor in weights.items()}
+        local_experts = next(iter(weights.values())).shape[0]
         per_slot = bytes_per_expert(weights)
         slots = budget_bytes // per_slot if budget_bytes else slots_per_rank
         if budget_bytes and not slots:
@@ -43,10 +43,9 @@ class LendingPool:
                 f"{per_slot}, or set it to 0 and slots_per_rank=0 to lend nothing",
                 param="memory_budget_bytes",
             )
-        if not budget_bytes and slots > max(local_experts.values(), default=0):
+        if not budget_bytes and slots > local_experts:
             raise UnsupportedConfiguration(
-                f"slots_per_rank={slots} is above the {max(local_experts.values(), default=0)} local experts of a rank: "
-                "more can never help; lower it",
+                f"slots_per_rank={slots} is above the {local_experts} local experts of a rank: lower it",
                 param="slots_per_rank",
             )
         try:

@@ -3,7 +3,7 @@
 Who enters what, in which order, on every rank of the EP group, also with zero tokens:
 
 1. once per step, before the first layer: `gather` of the step header;
-2. per layer where tokens are sharded (data-parallel attention): `gather` of counts, lends, `exchange` out, `exchange` back;
+2. per layer where tokens are sharded (data-parallel attention): `gather` of counts, lends, `exchange` out and back;
 3. per layer where tokens are replicated (tensor-parallel attention), only if the step is large enough to plan, which
    all ranks know from the header: `gather` of counts, `broadcast` of the routing if a digest differs, lends.
 
@@ -77,7 +77,7 @@ class Transport:
         self._wait(dist.broadcast(tensor, self.ranks[0], group=self._tokens, async_op=True), what)
 
     def exchange(self, rows: torch.Tensor, send_counts: list[int], receive_counts: list[int]) -> torch.Tensor:
-        """All-to-all of rows sorted by destination -> rows sorted by source. Every rank enters it, also with no rows."""
+        """All-to-all: rows sorted by destination -> rows sorted by source. Every rank enters it, also with no rows."""
         received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
         work = dist.all_to_all_single(received, rows, receive_counts, send_counts, group=self._tokens, async_op=True)
         self._wait(work, "exchange of tokens")
@@ -111,8 +111,9 @@ class Transport:
             work.wait(timedelta(seconds=self.watchdog_s))
         except RuntimeError as error:
             raise PeerLost(
-                f"EP rank {self.rank} of {self.size} gave up in {what} after at most watchdog_s={self.watchdog_s:g}: another "
-                f"rank stopped, stalled or disagrees; see the other ranks' logs, and restart the engine ({error})",
+                f"EP rank {self.rank} of {self.size} gave up in {what} after at most watchdog_s={self.watchdog_s:g}: "
+                "another rank stopped, stalled or disagrees; see the other ranks' logs, and restart the engine "
+                f"({error})",
                 param="watchdog_s",
             ) from error
 

@@ -17,8 +17,8 @@ def register() -> None:
     logger = logging.getLogger("vllm.llep")
     if not vllm.__version__.startswith(TESTED_VLLM):
         logger.error(
-            "llep is NOT active: vLLM %s is not in the tested range %s. Install a tested vLLM, or set VLLM_PLUGINS='' to "
-            "silence this.",
+            "llep is NOT active: vLLM %s is not in the tested range %s. Install a tested vLLM, or set "
+            "VLLM_PLUGINS='' to silence this.",
             vllm.__version__,
             " ".join(f"{version}x" for version in TESTED_VLLM),
         )

@@ -77,7 +77,7 @@ class Courier(threading.Thread):
 
     def run(self) -> None:
         Path(self._socket_path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        socket = zmq.Context.instance().socket(zmq.DEALER)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 2)
         socket.setsockopt(zmq.RECONNECT_IVL, 200)

@@ -40,7 +40,7 @@ class VllmExperts:
         return expert_map.to(torch.int64)
 
     def prepare_pool(self, pool: Mapping[str, torch.Tensor]) -> None:
-        """Make the kernel that computes with borrowed weights: vLLM's own, over a copy of the layer that holds `pool`."""
+        """Make the kernel that computes with borrowed weights: vLLM's own, over a copy of the layer with `pool`."""
         view = copy.copy(self._routed)
         view._parameters = {
             **self._routed._parameters,
@@ -83,9 +83,9 @@ def _fused_experts(routed_experts: Any) -> mk.FusedMoEExpertsModular:
         experts.activation_format() != mk.FusedMoEActivationFormat.Standard
     ):
         raise UnsupportedConfiguration(
-            f"{type(method).__name__} computes its experts with {type(experts).__name__}, a monolithic or batched kernel "
-            "that llep can't give rows to: choose another with --moe-backend (triton, for one), or set LLEP_MODE=off and "
-            "VLLM_PLUGINS=''"
+            f"{type(method).__name__} computes its experts with {type(experts).__name__}, a monolithic or batched "
+            "kernel that llep can't give rows to: choose another with --moe-backend (triton, for one), or run without "
+            "llep (VLLM_PLUGINS='')"
         )
     return experts
 
@@ -107,7 +107,7 @@ def _lendable(routed_experts: Any) -> dict[str, torch.Tensor]:
     for name in ("w13_weight", "w2_weight"):
         if name not in weights:
             raise UnsupportedConfiguration(
-                f"{type(routed_experts.quant_method).__name__} keeps no {name} tensor that llep could lend: choose another "
-                "--moe-backend"
+                f"{type(routed_experts.quant_method).__name__} keeps no {name} tensor that llep could lend: choose "
+                "another --moe-backend"
             )
     return weights

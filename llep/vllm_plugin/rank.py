@@ -23,7 +23,7 @@ from vllm.forward_context import ForwardContext
 from llep import __version__
 from llep.config import Mode, Settings, load_settings
 from llep.errors import UnsupportedConfiguration
-from llep.loads import home_loads
+from llep.loads import home_loads, imbalance_ratio
 from llep.messages import PROTOCOL, EngineInfo, Report
 from llep.moe.agreement import HEADER_SIZE, AgreedSettings, agreed_step
 from llep.moe.layer import Counts, LayerResult, LeastLoadedMoE
@@ -31,7 +31,7 @@ from llep.moe.slots import LendingPool, bytes_per_expert
 from llep.moe.transport import Transport
 from llep.moe.window import LoadWindow
 from llep.placement import Placement
-from llep.plan import Plan
+from llep.plan import Decision, Plan
 from llep.planning.home import plan_home
 from llep.planning.policy import Step, decide, may_plan
 from llep.vllm_plugin.courier import AgentProcess, Courier
@@ -82,6 +82,7 @@ class Rank:
         self._steps = {"prefill": 0, "decode": 0}
         self._current: RankStep | None = None
         self._report_seq = 0
+        self._has_lent = False
         group = get_ep_group()
         self._transport = Transport(group.ranks, group.device, settings.watchdog_s)
         seed = torch.tensor([secrets.randbits(62)], dtype=torch.int64, device=group.device)
@@ -155,7 +156,9 @@ class Rank:
         if has_scheduler():
             Courier(socket, self.report, self.agreed.offer, interval_s, agent).start()
         elif is_first:
-            logger.info("llep: LLEP_RAY_ADDRESS is not set: no scheduler, the settings at start hold while this engine runs")
+            logger.info(
+                "llep: LLEP_RAY_ADDRESS is not set: no scheduler, the settings at start hold while this engine runs"
+            )
 
     def _engine_info(self, layer: RankLayer) -> EngineInfo:
         config = self.config
@@ -199,7 +202,10 @@ class Rank:
         real_tokens, is_prefill = tokens_of(context, num_tokens)
         is_dummy = real_tokens is None
         header = self.agreed.header(
-            self._step_number, num_tokens if real_tokens is None else real_tokens, is_dummy=is_dummy, is_prefill=is_prefill
+            self._step_number,
+            num_tokens if real_tokens is None else real_tokens,
+            is_dummy=is_dummy,
+            is_prefill=is_prefill,
         )
         row = torch.from_numpy(header).to(self._transport.device)
         headers = self._transport.gather(row, "agreement on the step").cpu().numpy().reshape(-1, HEADER_SIZE)
@@ -224,7 +230,7 @@ class Rank:
         gates_TK: torch.Tensor,
         ids_TK: torch.Tensor,
     ) -> torch.Tensor:
-        """This rank's output of the routed experts [T, H]: a partial sum in TP-EP, whole in DP-EP. Every rank enters it."""
+        """The routed experts' output [T, H]: this rank's partial sum in TP-EP, whole in DP-EP. Every rank enters it."""
         start = time.perf_counter()
         rows = step.rows
         decide_plan = partial(self._decide, layer, step)
@@ -267,6 +273,17 @@ class Rank:
         loads = home_loads(tokens_per_expert, layer.placement.home_rank, layer.placement.ep_size)
         rank = self._transport.rank
         slots_used = sum(lend.dst_rank == rank for lend in planned.lends) if is_moved else 0
+        if planned.decision is Decision.LEND and not self._has_lent:
+            self._has_lent = True
+            logger.info(
+                "llep: first step that %s: step %d, layer %d, %d lends, imbalance ratio %.2f -> %.2f",
+                "lends" if is_moved else "would lend (shadow)",
+                self._step_number,
+                layer.number,
+                len(planned.lends),
+                imbalance_ratio(loads),
+                imbalance_ratio(planned.rank_loads),
+            )
         self._window.record(layer.index, result.counts_RE, planned, loads, is_moved, slots_used)
         self._window.record_times(result.times, seconds)
 

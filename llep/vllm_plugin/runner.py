@@ -82,10 +82,11 @@ class LeastLoadedMoERunner(MoERunner):  # type: ignore[misc]
 
     def _select_forward(self) -> Callable[..., Any]:
         if self.moe_config.ep_size == 1:
-            return super()._select_forward()  # type: ignore[no-any-return]
+            entry: Callable[..., Any] = super()._select_forward()
+            return entry
         # An opaque operator, also on CPU, where vLLM would let the compiler trace into the runner.
         has_shared = self._shared_experts is not None
-        return torch.ops.vllm.moe_forward_shared if has_shared else torch.ops.vllm.moe_forward  # type: ignore[no-any-return]
+        return torch.ops.vllm.moe_forward_shared if has_shared else torch.ops.vllm.moe_forward
 
     def _forward_impl(
         self,
@@ -188,8 +189,8 @@ def _refuse_conflicts(config: VllmConfig, runner: LeastLoadedMoERunner) -> None:
         ),
         (config.lora_config is not None, "LoRA on experts is not lent with them", "drop --enable-lora"),
         (parallel.use_ubatching, "micro-batching (DBO) runs two steps at once", "drop --enable-dbo"),
-        (moe.is_sequence_parallel, "sequence parallelism splits the tokens of a rank", "switch sequence parallelism off"),
-        (moe.pcp_size > 1, "prefill context parallelism splits a rank's tokens", "drop --prefill-context-parallel-size"),
+        (moe.is_sequence_parallel, "sequence parallelism splits a rank's tokens", "switch sequence parallelism off"),
+        (moe.pcp_size > 1, "prefill context parallelism splits tokens", "drop --prefill-context-parallel-size"),
         (runner.is_monolithic, "the MoE kernel is monolithic: it routes by itself", "choose another --moe-backend"),
         (parallel.all2all_backend == "moonep", "--all2all-backend moonep balances by itself", "choose another backend"),
     ]

@@ -24,7 +24,7 @@ def _run(rank: int, size: int, port: int, pipe: Connection, body: Callable[..., 
     try:
         dist.init_process_group("gloo", rank=rank, world_size=size)
         pipe.send(("ok", body(rank, size, *args)))
-    except BaseException:  # noqa: BLE001
+    except BaseException:
         pipe.send(("error", traceback.format_exc()))
 
 

@@ -135,9 +135,7 @@ def test_sharded_tokens_give_what_one_process_gives(run_ranks: RunRanks, size: i
 
 @pytest.mark.parametrize("is_disagreeing", [False, True])
 @pytest.mark.parametrize("size", [2, 3])
-def test_replicated_tokens_give_what_one_process_gives(
-    run_ranks: RunRanks, size: int, is_disagreeing: bool
-) -> None:
+def test_replicated_tokens_give_what_one_process_gives(run_ranks: RunRanks, size: int, is_disagreeing: bool) -> None:
     """Also when the ranks' routers disagree: rank 0's choice holds on all of them, and nobody hangs."""
     results = run_ranks(replicated, size, 7, "least_loaded", is_disagreeing)
     assert max(worst for worst, _ in results) < 1e-5
