@@ -21,7 +21,8 @@ from packaging.version import Version
 from llep.cli.http import DEFAULT_SERVER, KeyFileOption, OutputOption, ServerOption
 from llep.cli.output import ExitCode, Format, show
 from llep.config import load_settings
-from llep.errors import LlepError
+from llep.errors import LlepError, UnsupportedConfiguration
+from llep.scheduler.client import DEFAULT_ADDRESS, DEFAULT_STATE_DIR, check_address
 
 GIB = 1 << 30
 SHM_NEEDED, SHM_WANTED = GIB // 16, GIB  # vLLM's queues between ranks; Ray's object store
@@ -217,16 +218,16 @@ def check_secret_files(environ: Environment, key_file: Path | None) -> Iterator[
 def check_ray(environ: Environment) -> Finding:
     """Something listens where Ray should be. Ray itself is not joined: that takes seconds."""
     named = environ.get("LLEP_RAY_ADDRESS", "")
-    address = named if named not in ("", "auto") else _local_ray_address()
+    try:
+        check_address(named or DEFAULT_ADDRESS)
+    except UnsupportedConfiguration as error:
+        return Finding("Ray", State.FAIL, error.message, "correct LLEP_RAY_ADDRESS")
+    address = named if named not in ("", DEFAULT_ADDRESS) else _local_ray_address()
     start = "start one with 'llep serve' or 'ray start --head'"
     if address is None:
         return Finding("Ray", State.WARN, "none runs on this machine", f"for the scheduler: {start}")
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        return Finding(
-            "Ray", State.FAIL, f"LLEP_RAY_ADDRESS={address} is not HOST:PORT", "give one such as 10.0.0.1:6379"
-        )
-    if problem := _connect_problem(host.removeprefix("ray://"), int(port)):
+    if problem := _connect_problem(host, int(port)):
         advice = f"{start}, or correct LLEP_RAY_ADDRESS" if named else start
         return Finding("Ray", State.FAIL if named else State.WARN, f"{address} does not answer: {problem}", advice)
     return Finding("Ray", State.OK, address)
@@ -320,7 +321,7 @@ def _available_memory() -> int | None:
 
 
 def _state_dir(environ: Environment) -> Path:
-    named = environ.get("LLEP_SERVER_STATE_DIR") or environ.get("LLEP_STATE_DIR") or "~/.local/state/llep"
+    named = environ.get("LLEP_SERVER_STATE_DIR") or environ.get("LLEP_STATE_DIR") or DEFAULT_STATE_DIR
     return Path(named).expanduser()
 
 
@@ -342,9 +343,10 @@ def _secret_file(name: str, path: Path, variable: str) -> Finding:
 
 
 def _local_ray_address() -> str | None:
+    """Where the Ray that was started last on this machine said it is."""
     try:
-        return RAY_ADDRESS_FILE.read_text().strip() or None
-    except OSError:
+        return check_address(RAY_ADDRESS_FILE.read_text().strip())
+    except (OSError, UnsupportedConfiguration):
         return None
 
 

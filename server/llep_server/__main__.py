@@ -8,13 +8,21 @@ import os
 import signal
 import socket
 import sys
+from typing import Any
 
 from llep.errors import UnsupportedConfiguration
 from llep_server.config import ServerConfig
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
-GRACE_S = 5
+UVICORN_OPTIONS: dict[str, Any] = {
+    "log_config": None,
+    "access_log": False,
+    "server_header": False,
+    "proxy_headers": False,  # the audit trail names who really called
+    "timeout_graceful_shutdown": 5,
+    "lifespan": "on",
+}
 
 
 def main() -> int:
@@ -47,17 +55,7 @@ def serve(config: ServerConfig) -> int:
     url = url_of(config.host, listener.getsockname()[1])
     keys = "keys from " + str(config.keys_file) if config.keys_file else "no keys: open to all who reach it"
     print(f"llep control plane at {url}, its docs at {url}/docs ({keys})", flush=True)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,  # the audit trail names who really called
-            timeout_graceful_shutdown=GRACE_S,
-            lifespan="on",
-        )
-    )
+    server = uvicorn.Server(uvicorn.Config(app, **UVICORN_OPTIONS))
     server.run(sockets=[listener])
     return 0 if server.started else EXIT_ERROR
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 from fastapi import FastAPI
 
 from llep import __version__
+from llep.scheduler.client import SchedulerClient
 from llep_server import errors, routes
 from llep_server.config import ServerConfig
 from llep_server.keys import KeyRing
@@ -17,22 +18,19 @@ from llep_server.scheduler import Caller, Scheduler
 
 
 def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
-    """The application. `caller` stands in for the connection to the scheduler that it would otherwise open.
+    """The application. `caller` stands in for the connection to the scheduler that it would otherwise keep.
 
-    Raises UnsupportedConfiguration if the keys file is not as it should be.
+    Raises UnsupportedConfiguration if the keys file or Ray's address is not as it should be.
     """
     keys = KeyRing(config.keys_file) if config.keys_file else None
+    client = None if caller else SchedulerClient(config.ray_address, config.ray_namespace, config.state_dir)
+    carrier = caller or client
+    assert carrier is not None
+    scheduler = Scheduler(carrier)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if caller is not None:
-            _set_scheduler(app, caller)
-            yield
-            return
-        from llep.scheduler.client import SchedulerClient
-
-        async with SchedulerClient(config.ray_address, config.ray_namespace, config.state_dir) as client:
-            _set_scheduler(app, client)
+        async with client or nullcontext():
             yield
 
     app = FastAPI(
@@ -45,6 +43,8 @@ def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.keys = keys
+    app.state.scheduler = scheduler
+    app.state.exposition = Exposition(scheduler)
     app.include_router(routes.ops)
     app.include_router(routes.v1)
     errors.install(app)
@@ -53,8 +53,3 @@ def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
     app.add_middleware(Gate, config=config, keys=keys)
     app.add_middleware(RequestContext)
     return app
-
-
-def _set_scheduler(app: FastAPI, caller: Caller) -> None:
-    app.state.scheduler = Scheduler(caller)
-    app.state.exposition = Exposition(app.state.scheduler)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llep.errors import UnsupportedConfiguration
+from llep.scheduler.client import DEFAULT_ADDRESS, DEFAULT_NAMESPACE, DEFAULT_STATE_DIR
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8088
-DEFAULT_NAMESPACE = "llep"
 SERVER_PREFIX = "LLEP_SERVER_"
 SERVER_VARIABLES = tuple(SERVER_PREFIX + name for name in ("HOST", "PORT", "KEYS_FILE", "STATE_DIR", "INSECURE"))
 TRUE_WORDS = ("1", "true", "yes", "on")
@@ -28,8 +28,8 @@ class ServerConfig:
     host: str = DEFAULT_HOST
     port: int = DEFAULT_PORT  # 0 takes a free one
     keys_file: Path | None = None  # None: everybody who reaches the port may do everything
-    state_dir: Path = Path("~/.local/state/llep").expanduser()  # of the scheduler, should it have to be started
-    ray_address: str = "auto"
+    state_dir: Path = Path(DEFAULT_STATE_DIR).expanduser()  # of the scheduler, should it have to be started
+    ray_address: str = DEFAULT_ADDRESS
     ray_namespace: str = DEFAULT_NAMESPACE
     insecure: bool = False  # listen beyond loopback without keys
 
@@ -57,13 +57,13 @@ class ServerConfig:
         environ = os.environ if environ is None else environ
         _refuse_unknown(environ)
         keys_file = environ.get("LLEP_SERVER_KEYS_FILE")
-        state_dir = environ.get("LLEP_SERVER_STATE_DIR") or environ.get("LLEP_STATE_DIR") or "~/.local/state/llep"
+        state_dir = environ.get("LLEP_SERVER_STATE_DIR") or environ.get("LLEP_STATE_DIR") or DEFAULT_STATE_DIR
         return cls(
             host=environ.get("LLEP_SERVER_HOST") or DEFAULT_HOST,
             port=_parse_port(environ.get("LLEP_SERVER_PORT") or str(DEFAULT_PORT)),
             keys_file=Path(keys_file).expanduser() if keys_file else None,
             state_dir=Path(state_dir).expanduser(),
-            ray_address=environ.get("LLEP_RAY_ADDRESS") or "auto",
+            ray_address=environ.get("LLEP_RAY_ADDRESS") or DEFAULT_ADDRESS,
             ray_namespace=environ.get("LLEP_RAY_NAMESPACE") or DEFAULT_NAMESPACE,
             insecure=_parse_switch("LLEP_SERVER_INSECURE", environ.get("LLEP_SERVER_INSECURE", "")),
         )

@@ -18,6 +18,7 @@ from reporting import Engine
 from llep.errors import SchedulerUnreachable
 from llep.messages import decode_directive, encode
 from llep.scheduler.actor import Scheduler
+from llep_server.__main__ import UVICORN_OPTIONS
 from llep_server.app import create_app
 from llep_server.config import ServerConfig
 
@@ -76,7 +77,7 @@ class _Server(uvicorn.Server):
 def start(config: ServerConfig, state_dir: Path) -> Iterator[Running]:
     caller = InProcess(state_dir)
     app = create_app(config, caller)
-    server = _Server(uvicorn.Config(app, host=config.host, port=0, log_config=None, access_log=False))
+    server = _Server(uvicorn.Config(app, host=config.host, port=0, **UVICORN_OPTIONS))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
