@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
@@ -112,40 +113,16 @@ class Plan:
         return tuple(Lend(e, self._nearest_holder(e, rank), rank, tokens[e, rank]) for e, rank in sorted(tokens))
 
     def _nearest_holder(self, expert: int, rank: int) -> int:
-        holders = self.placement.holders[expert]
-        in_node = (holder for holder in holders if self.node_of(holder) == self.node_of(rank))
-        return next(in_node, holders[0])
-
-    def node_of(self, rank: int) -> int:
-        return rank // self.ranks_per_node if self.ranks_per_node else 0
+        holders, node = self.placement.holders[expert], node_of(rank, self.ranks_per_node)
+        return next((holder for holder in holders if node_of(holder, self.ranks_per_node) == node), holders[0])
 
     @cached_property
     def transfers(self) -> tuple[Transfer, ...]:
-        """The hops that carry the lends, in increasing (round, expert, dst_rank): a relay tree for each expert.
-
-        Weights cross to a node at most once, to its lowest receiver, and go on from there.
-        """
+        """The hops that carry the lends, in increasing (round, expert, dst_rank)."""
         receivers: dict[int, list[int]] = {}
         for lend in self.lends:
             receivers.setdefault(lend.expert, []).append(lend.dst_rank)
-        hops = (hop for expert, ranks in receivers.items() for hop in self._relay(expert, ranks))
-        return tuple(sorted(hops, key=lambda hop: (hop.round, hop.expert, hop.dst_rank)))
-
-    def _relay(self, expert: int, receivers: Sequence[int]) -> Iterable[Transfer]:
-        holders: dict[int, list[int]] = {}
-        for rank in self.placement.holders[expert]:
-            holders.setdefault(self.node_of(rank), []).append(rank)
-        in_node: dict[int, list[int]] = {}
-        for rank in receivers:
-            in_node.setdefault(self.node_of(rank), []).append(rank)
-        first_rounds = dict.fromkeys(holders, 0)
-        entries = [ranks.pop(0) for node, ranks in in_node.items() if node not in holders]
-        for hop in _fan_out(expert, self.placement.holders[expert], entries, 0):
-            yield hop
-            node = self.node_of(hop.dst_rank)
-            holders[node], first_rounds[node] = [hop.dst_rank], hop.round + 1
-        for node, ranks in in_node.items():
-            yield from _fan_out(expert, holders[node], ranks, first_rounds[node])
+        return relay(receivers, self.placement, self.ranks_per_node)
 
     @property
     def rank_loads(self) -> list[int]:
@@ -159,6 +136,36 @@ class Plan:
         """A 63-bit digest; ranks that hold equal plans hold equal digests."""
         data = self.segments_S4.astype("<i8").tobytes()
         return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+def node_of(rank: int, ranks_per_node: int | None) -> int:
+    """Ranks 0..ranks_per_node-1 are node 0 and so on; None is one node."""
+    return rank // ranks_per_node if ranks_per_node else 0
+
+
+def relay(
+    receivers: Mapping[int, Sequence[int]], placement: Placement, ranks_per_node: int | None
+) -> tuple[Transfer, ...]:
+    """The relay tree of each expert, in increasing (round, expert, dst_rank). receivers[expert] are increasing ranks.
+
+    Weights cross to a node at most once, to its lowest receiver, and go on from there.
+    """
+    hops: list[Transfer] = []
+    for expert, ranks in receivers.items():
+        holders, first_rounds = defaultdict[int, list[int]](list), defaultdict[int, int](int)
+        in_node: dict[int, list[int]] = {}
+        for rank in placement.holders[expert]:
+            holders[node_of(rank, ranks_per_node)].append(rank)
+        for rank in ranks:
+            in_node.setdefault(node_of(rank, ranks_per_node), []).append(rank)
+        entries = [in_node[node].pop(0) for node in in_node if node not in holders]
+        for hop in _fan_out(expert, placement.holders[expert], entries, 0):
+            hops.append(hop)
+            node = node_of(hop.dst_rank, ranks_per_node)
+            holders[node], first_rounds[node] = [hop.dst_rank], hop.round + 1
+        for node, others in in_node.items():
+            hops += _fan_out(expert, holders[node], others, first_rounds[node])
+    return tuple(sorted(hops, key=lambda hop: (hop.round, hop.expert, hop.dst_rank)))
 
 
 def _fan_out(expert: int, holders: Sequence[int], receivers: Sequence[int], first_round: int) -> Iterable[Transfer]:

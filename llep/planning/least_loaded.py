@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from llep.loads import home_loads, imbalance_ratio
 from llep.placement import Placement
-from llep.plan import Decision, Plan, Segment
+from llep.plan import Decision, Plan, Segment, node_of
 from llep.planning.home import plan_home
-from llep.planning.options import PlanOptions, lend_slots, max_lends
+from llep.planning.options import PlanOptions, lend_slots, max_lends, refusal
 
 
 def plan_least_loaded(tokens_per_expert: Sequence[int], placement: Placement, options: PlanOptions) -> Plan:
@@ -25,8 +25,8 @@ def plan_least_loaded(tokens_per_expert: Sequence[int], placement: Placement, op
     - the helpers are ordered anew for each piece, as in Algorithm 3 (their code orders them once in one of its cases);
     - alpha is 1.0 unless told, as in the paper's experiments (their code: 1.1).
     As in both, when no helper has room for m, the least-loaded one takes the whole remainder, whatever its capacity.
-    What llep adds: only ranks with a free slot (and bytes) help, what nobody can take stays at home, and a plan whose
-    maximum load is not below plain EP's is replaced by plain EP.
+    What llep adds: only ranks with a free slot (and bytes) or a resident replica help, what nobody can take stays at
+    home, and a plan whose maximum load is not below plain EP's is replaced by plain EP.
     """
     plain = home_loads(tokens_per_expert, placement.home_rank, placement.ep_size)
     if imbalance_ratio(plain) < options.imbalance_threshold or not any(tokens_per_expert):
@@ -35,10 +35,14 @@ def plan_least_loaded(tokens_per_expert: Sequence[int], placement: Placement, op
     for expert in sorted(range(len(tokens_per_expert)), key=lambda e: -tokens_per_expert[e]):
         assignment.assign(expert)
     if all(s.rank == placement.home_rank[s.expert] for s in assignment.segments):
-        return plan_home(tokens_per_expert, placement, assignment.refusal())
+        return plan_home(tokens_per_expert, placement, refusal(plain, placement, options))
     if max(assignment.loads) >= max(plain):
         return plan_home(tokens_per_expert, placement, Decision.NO_GAIN)
-    return Plan(Decision.LEND, placement, tuple(sorted(assignment.segments, key=lambda s: (s.expert, s.start))))
+    segments = sorted(assignment.segments, key=lambda s: (s.expert, s.start))
+    plan = Plan(Decision.LEND, placement, segments, ranks_per_node=options.ranks_per_node)
+    if not plan.lends:
+        plan.decision = Decision.REPLICA
+    return plan
 
 
 class _Assignment:
@@ -53,7 +57,6 @@ class _Assignment:
         self.slots = lend_slots(placement, options)
         self.lends_left = max_lends(options)
         self.segments: list[Segment] = []
-        self.refused = False
 
     def assign(self, expert: int) -> None:
         """Algorithm 2 for one expert: home keeps what fits, the rest is spilled."""
@@ -76,9 +79,8 @@ class _Assignment:
         while left >= self.options.min_chunk_tokens:
             helper, count = self._choose(expert, left, shares)
             if not count:
-                self.refused = True
                 break
-            if helper not in shares:
+            if helper not in shares and helper not in self.placement.holders[expert]:
                 self.slots[helper] -= 1
                 self.lends_left -= 1
             shares[helper] = shares.get(helper, 0) + count
@@ -99,13 +101,10 @@ class _Assignment:
         return least_loaded, left if least_loaded >= 0 else 0
 
     def _may_help(self, expert: int, rank: int, shares: dict[int, int]) -> bool:
-        home, options = self.placement.home_rank[expert], self.options
-        if rank == home or (options.lend_scope == "node" and options.node_of(rank) != options.node_of(home)):
+        home, options, per_node = self.placement.home_rank[expert], self.options, self.options.ranks_per_node
+        if rank == home:
             return False
-        return rank in shares or (self.slots[rank] > 0 and self.lends_left > 0)
-
-    def refusal(self) -> Decision:
-        """Why nothing was lent: no slot anywhere, slots but no bytes, or nothing worth lending."""
-        if not self.refused:
-            return Decision.NO_GAIN
-        return Decision.MEMORY if any(self.placement.free_slots) else Decision.NO_SLOT
+        if rank in shares or rank in self.placement.holders[expert]:
+            return True
+        is_in_scope = options.lend_scope == "any" or node_of(rank, per_node) == node_of(home, per_node)
+        return is_in_scope and self.slots[rank] > 0 and self.lends_left > 0

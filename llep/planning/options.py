@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from llep.placement import Placement
+from llep.plan import Decision
 
 if TYPE_CHECKING:
     from llep.cost import CostModel
@@ -48,9 +50,6 @@ class PlanOptions:
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
-    def node_of(self, rank: int) -> int:
-        return rank // self.ranks_per_node if self.ranks_per_node else 0
-
 
 def lend_slots(placement: Placement, options: PlanOptions) -> list[int]:
     """Experts that each rank can borrow within its slots and its free bytes."""
@@ -63,6 +62,17 @@ def lend_slots(placement: Placement, options: PlanOptions) -> list[int]:
 def max_lends(options: PlanOptions) -> int:
     """Most lends in one plan by max_lend_bytes."""
     return options.max_lend_bytes // options.bytes_per_expert if options.max_lend_bytes else NO_LIMIT
+
+
+def refusal(plain: Sequence[int], placement: Placement, options: PlanOptions) -> Decision:
+    """Why nothing was lent: no slot where there is room, slots but no bytes, or nothing that helps."""
+    mean = sum(plain) / len(plain)
+    has_room = [load < mean for load in plain]
+    slots = lend_slots(placement, options)
+    if max_lends(options) and any(n for n, is_helper in zip(slots, has_room, strict=True) if is_helper):
+        return Decision.NO_GAIN
+    is_memory = any(n for n, is_helper in zip(placement.free_slots, has_room, strict=True) if is_helper)
+    return Decision.MEMORY if is_memory else Decision.NO_SLOT
 
 
 def _check_number(name: str, value: float, lowest: float) -> None:
