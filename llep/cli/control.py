@@ -21,7 +21,7 @@ EnginesOption = Annotated[
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why, for the audit trail.")]
 
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+|\d+(?:\.\d+)?")
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+|\d+(?:\.\d+)?", re.ASCII)
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
 
 loads_app = typer.Typer(help="What the ranks computed.", no_args_is_help=True)

@@ -11,7 +11,7 @@ import typer
 
 from llep import __version__
 from llep.cli.output import ExitCode, Format, fail
-from llep.errors import ERRORS_BY_CODE, LlepError, UnsupportedConfiguration
+from llep.errors import ERRORS_BY_CODE, LlepError, SettingsError, UnsupportedConfiguration
 
 DEFAULT_SERVER = "http://127.0.0.1:8088"
 TIMEOUT_S = 15.0
@@ -127,4 +127,5 @@ def _named(response: httpx.Response, server: str) -> LlepError:
         return LlepError(f"{server} answered {response.status_code}, and not as llep's control plane does")
     if response.status_code == 401:
         message += "; name a file that holds your key with --key-file or LLEP_KEY_FILE"
-    return ERRORS_BY_CODE.get(code, LlepError)(message, param=param)
+    otherwise = SettingsError if response.status_code == 422 else LlepError
+    return ERRORS_BY_CODE.get(code, otherwise)(message, param=param)
