@@ -18,7 +18,7 @@ from scipy.sparse import coo_array, csr_array
 
 from llep.loads import home_loads
 from llep.placement import Placement
-from llep.plan import Decision, Plan
+from llep.plan import Decision, Plan, node_of
 from llep.planning.home import plan_home
 from llep.planning.options import NO_LIMIT, PlanOptions, lend_slots, max_lends, refusal
 
@@ -154,13 +154,14 @@ class _Problem:
 
     def __init__(self, tokens_E: Ids, placement: Placement, options: PlanOptions) -> None:
         self._tokens_E, self._placement = tokens_E, placement
+        per_node = options.ranks_per_node
         pairs = [
             (expert, rank, rank not in placement.holders[expert])
             for expert in np.flatnonzero(tokens_E).tolist()
             for rank in range(placement.ep_size)
             if rank in placement.holders[expert]
             or options.lend_scope == "any"
-            or options.node_of(rank) == options.node_of(placement.home_rank[expert])
+            or node_of(rank, per_node) in {node_of(holder, per_node) for holder in placement.holders[expert]}
         ]
         self.expert_N, self.rank_N, is_lend_N = (np.array(column) for column in zip(*pairs, strict=True))
         self._lends = np.flatnonzero(is_lend_N)
