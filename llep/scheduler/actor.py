@@ -26,11 +26,12 @@ from llep.scheduler.journal import Journal
 from llep.scheduler.show import applied_view, engine_view, settings_view
 from llep.scheduler.store import KnownEngine, NewEvent
 from llep.scheduler.windows import Change, Engine, Windows, loads
-from llep.views import AppliedView, EventKind, SchedulerStatus, SettingsChange
+from llep.views import AppliedView, EngineState, EventKind, SchedulerStatus, SettingsChange
 
 logger = logging.getLogger("llep.scheduler")
 
 TICK_S = 1.0
+REMEMBER_EVERY_S = 60.0
 HELD_GRACE_S = 1.0  # an idle engine holds a revision but runs no step under it: no use in waiting longer
 REPEATED_EVENT_EVERY_S = 60.0
 MOST_REPEATED_KINDS = 1000
@@ -74,6 +75,7 @@ class Scheduler:
         self._reports_total = 0
         self._refused: Counter[str] = Counter()
         self._last_note_s: dict[tuple[str, str], float] = {}
+        self._remembered_s = time.monotonic()
         self._ticking: asyncio.Task[None] | None = None
         self._journal.note(EventKind.SCHEDULER_STARTED, f"scheduler {__version__} started", data={"pid": os.getpid()})
         self._keep_journal()
@@ -406,6 +408,7 @@ class Scheduler:
             try:
                 self._tick()
                 self._keep_journal()
+                self._remember_live()
             except Exception:
                 logger.exception("the scheduler's tick failed; the next one is in %s s", TICK_S)
             await asyncio.sleep(TICK_S)
@@ -456,14 +459,22 @@ class Scheduler:
     def _restore(self, known: KnownEngine) -> None:
         if known.info.engine in self._windows.engines:
             return
-        silent_s = max(time.time() - known.last_seen_s, 0.0)
+        now_s, silent_s = time.monotonic(), max(time.time() - known.last_seen_s, 0.0)
         try:
-            self._windows.restore(known.info, known.incarnation, time.monotonic() - silent_s)
+            self._windows.restore(known.info, known.incarnation, now_s - silent_s, now_s)
         except Refused as refused:
             logger.warning("engine %s of the state file is left out: %s", known.info.engine, refused)
 
-    def _remember(self, engine: Engine) -> None:
-        self._journal.remember(KnownEngine(engine.info, engine.incarnation, _to_unix_time()(engine.last_seen_s)))
+    def _remember(self, *engines: Engine) -> None:
+        """Store who they are and when they were last seen."""
+        to_unix_time = _to_unix_time()
+        self._journal.remember([KnownEngine(e.info, e.incarnation, to_unix_time(e.last_seen_s)) for e in engines])
+
+    def _remember_live(self) -> None:
+        """From time to time, so that after a restart it is known who was there just before."""
+        if time.monotonic() - self._remembered_s > REMEMBER_EVERY_S:
+            self._remembered_s = time.monotonic()
+            self._remember(*(e for e in self._windows.engines.values() if e.state is EngineState.LIVE))
 
     def _note_changes(self, changes: Iterable[Change]) -> None:
         for change in changes:

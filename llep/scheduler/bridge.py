@@ -31,6 +31,7 @@ PING_EVERY_S = 2.0
 PING_TIMEOUT_S = 3.0
 LINK_LOST_AFTER_S = 10.0
 RETRY_EVERY_S = 0.2
+NOBODY_LISTENS = "nothing listens there"
 ENDED, LINK_LOST = 0, 75  # exit statuses
 
 
@@ -73,18 +74,25 @@ class Bridge:
             if await self._ping():
                 answered_s = time.monotonic()
                 await asyncio.sleep(PING_EVERY_S)
-            else:
+            elif await self._ray_listens():
                 await asyncio.sleep(RETRY_EVERY_S)
+            else:
+                self._tell(NOBODY_LISTENS)
+                return
         self._tell(f"the scheduler has not answered for {LINK_LOST_AFTER_S:g} s")
 
     async def _wait_for_ray(self) -> None:
         """Until something listens at the address: cheaper than to let Ray find out."""
-        if self._address == "auto":
-            return
-        host, _, port = self._address.rpartition(":")
-        while not await _listens(host.strip("[]"), int(port)):
-            self._tell("nothing listens there")
+        while not await self._ray_listens():
+            self._tell(NOBODY_LISTENS)
             await asyncio.sleep(PROBE_EVERY_S)
+
+    async def _ray_listens(self) -> bool:
+        """Whether somebody does at the address; 'auto' is for Ray to find out."""
+        if self._address == "auto":
+            return True
+        host, _, port = self._address.rpartition(":")
+        return await _listens(host.strip("[]"), int(port))
 
     async def _connect(self) -> None:
         """Join Ray and get hold of the actor, started anew if it is gone for good. Raises what Ray raises."""

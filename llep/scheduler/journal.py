@@ -77,8 +77,8 @@ class Journal:
         """Newest first. Raises StoreUnavailable."""
         return self._do(lambda store: store.events(limit, before_id=before_id, after_id=after_id))
 
-    def remember(self, known: KnownEngine) -> None:
-        self._try(lambda store: store.put_engine(known))
+    def remember(self, engines: Sequence[KnownEngine]) -> None:
+        self._try(lambda store: store.put_engines(engines))
 
     def forget(self, engine: str) -> None:
         self._try(lambda store: store.forget_engine(engine))
@@ -116,17 +116,14 @@ class Journal:
         return engines
 
     def _take_over(self, store: Store) -> list[KnownEngine]:
-        if store.set_aside is not None:
-            message = f"the state file was damaged or gone; what was left is {store.set_aside.name}, a new one is begun"
-            data = {"path": str(store.set_aside)}
-            self._waiting.append(
-                NewEvent(kind=EventKind.STORE_SET_ASIDE, message=message, time_s=time.time(), data=data)
-            )
         stored = store.desired().of_known_keys()
-        if stored.revision >= self.desired.revision:
-            self.desired = stored
-        else:  # the file was lost under us: what we hold in memory is the truth
+        is_lost = stored.revision < self.desired.revision
+        if store.set_aside is not None or is_lost:
+            self._waiting.append(_set_aside_event(store.set_aside))
+        if is_lost:  # under us: what we hold in memory is the truth
             store.append(*_written_again(self.desired))
+        else:
+            self.desired = stored
         engines = store.engines()
         self._write_waiting(store)
         return engines
@@ -139,6 +136,13 @@ class Journal:
         if self._store is not None:
             self._store.close()
         self._store, self.problem = None, problem
+
+
+def _set_aside_event(path: Path | None) -> NewEvent:
+    kept = f"damaged and is kept as {path.name}" if path is not None else "gone"
+    message = f"the state file was {kept}; a new one is begun"
+    data = {"path": str(path) if path is not None else None}
+    return NewEvent(kind=EventKind.STORE_SET_ASIDE, message=message, time_s=time.time(), data=data)
 
 
 def _written_again(desired: Desired) -> tuple[Revision, NewEvent]:

@@ -5,12 +5,12 @@ One scheduler writes a state folder at a time (a lock says so). A damaged file i
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import sqlite3
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ class Store:
             raise
 
     def close(self) -> None:
-        with suppress(sqlite3.Error):
+        with contextlib.suppress(sqlite3.Error):
             self._db.close()
         os.close(self._lock)
 
@@ -117,7 +117,11 @@ class Store:
         """Store a revision and its event, both or neither; on return they survive a crash of process and machine."""
         row = (revision.number, revision.time_s, revision.author, revision.reason)
         contents = (_json_or_null(revision.engines), _json(revision.patch), _json(revision.desired))
-        self._write(("INSERT INTO revisions VALUES (?, ?, ?, ?, ?, ?, ?)", (*row, *contents)), _insert(event))
+        # Or replace: a revision whose write failed halfway was not acknowledged, and its number is used again.
+        self._write(
+            ("INSERT OR REPLACE INTO revisions VALUES (?, ?, ?, ?, ?, ?, ?)", (*row, *contents)), _insert(event)
+        )
+        self._check_newest(revision.number)
 
     def revisions(self, limit: int) -> list[Revision]:
         """The newest revisions, newest first."""
@@ -136,9 +140,8 @@ class Store:
         names = ("id", "time_s", "kind", "engine", "author", "message", "data")
         return [Event(**{**dict(zip(names, row, strict=True)), "data": msgspec.json.decode(row[-1])}) for row in rows]
 
-    def put_engine(self, known: KnownEngine) -> None:
-        row = (known.info.engine, known.incarnation, known.last_seen_s, _json(known.info))
-        self._write(("INSERT OR REPLACE INTO engines VALUES (?, ?, ?, ?)", row))
+    def put_engines(self, engines: Iterable[KnownEngine]) -> None:
+        self._write(*map(_put_engine, engines))
 
     def forget_engine(self, name: str) -> None:
         self._write(("DELETE FROM engines WHERE name = ?", (name,)))
@@ -147,7 +150,7 @@ class Store:
         """The engines known when the last scheduler ended; those that another version of llep wrote are left out."""
         known = []
         for incarnation, last_seen_s, info in self._read("SELECT incarnation, last_seen_s, info FROM engines"):
-            with suppress(msgspec.MsgspecError):
+            with contextlib.suppress(msgspec.MsgspecError):
                 known.append(KnownEngine(msgspec.json.decode(info, type=EngineInfo), incarnation, last_seen_s))
         return known
 
@@ -183,6 +186,8 @@ class Store:
             raise StoreUnavailable(f"a new {self.path} is damaged at once: {error}; check the disk") from None
 
     def _open(self) -> sqlite3.Connection:
+        if not self.path.exists() and Path(f"{self.path}-wal").exists():
+            raise Damaged("the file is gone, its journal is left")  # SQLite would take the journal for a new file's
         if self.path.exists() and not self.path.stat().st_size:
             raise Damaged("empty file")
         db = sqlite3.connect(self.path, timeout=2.0, isolation_level=None, check_same_thread=False)
@@ -231,7 +236,7 @@ class Store:
                 self._db.execute(sql, values)
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
-            with suppress(sqlite3.Error):
+            with contextlib.suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
             raise self._failed(error) from None
 
@@ -243,6 +248,16 @@ class Store:
             raise Damaged(str(error)) from None
         if inode != self._inode:
             raise Damaged("another file has taken its place")
+
+    def _check_newest(self, number: int) -> None:
+        """Raises Damaged unless the file itself holds the revision: our connection would read from its own cache."""
+        try:
+            with contextlib.closing(sqlite3.connect(self.path, timeout=2.0)) as fresh:
+                found = fresh.execute("SELECT max(number) FROM revisions").fetchone()
+        except sqlite3.Error as error:
+            raise self._failed(error) from None
+        if found != (number,):
+            raise Damaged(f"revision {number} was written but can't be read")
 
     def _failed(self, error: sqlite3.Error) -> Exception:
         return Damaged(str(error)) if _is_damage(error) else StoreUnavailable(_way_out(self.path, error))
@@ -291,7 +306,7 @@ def _set_aside(path: Path) -> Path:
     kept = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
     try:
         for suffix in ("-wal", "-shm", ""):
-            with suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):
                 os.replace(f"{path}{suffix}", f"{kept}{suffix}")
     except OSError as error:
         raise StoreUnavailable(_way_out(path, error)) from None
@@ -309,6 +324,11 @@ def _way_out(path: Path, error: Exception) -> str:
 def _insert(event: NewEvent) -> tuple[str, tuple[Any, ...]]:
     row = (event.time_s, str(event.kind), event.engine, event.author, event.message, _json(event.data))
     return "INSERT INTO events (time_s, kind, engine, author, message, data) VALUES (?, ?, ?, ?, ?, ?)", row
+
+
+def _put_engine(known: KnownEngine) -> tuple[str, tuple[Any, ...]]:
+    row = (known.info.engine, known.incarnation, known.last_seen_s, _json(known.info))
+    return "INSERT OR REPLACE INTO engines VALUES (?, ?, ?, ?)", row
 
 
 def _revision(row: tuple[Any, ...]) -> Revision:

@@ -32,6 +32,7 @@ SNAPSHOT_SPACING_S = 1.0
 SHORTEST_SILENCE_S = 5.0
 SILENT_INTERVALS = 5
 FORGET_AFTER_S = 86400.0
+RECENT_S = 180.0
 MOST_ENGINES = 4096
 REPLACED_REMEMBERED = 16
 
@@ -65,7 +66,7 @@ class Snapshot:
 
 @dataclass(slots=True)
 class Engine:
-    """One engine under one name. `reports` is empty for an engine that only the store remembers."""
+    """One engine under one name. `reports` is empty as long as only the store remembers it."""
 
     info: EngineInfo
     incarnation: str
@@ -125,9 +126,12 @@ class Windows:
     def __init__(self) -> None:
         self.engines: dict[str, Engine] = {}
 
-    def restore(self, info: EngineInfo, incarnation: str, seen_s: float) -> None:
-        """Remember an engine from before, stale until it reports. Raises Refused."""
-        self.engines[info.engine] = Engine(info, incarnation, start_settings(info), EngineState.STALE, seen_s)
+    def restore(self, info: EngineInfo, incarnation: str, seen_s: float, now_s: float) -> None:
+        """Remember an engine from before: starting, if it may well be there still, else stale. Raises Refused."""
+        is_recent = now_s - seen_s < RECENT_S
+        state = EngineState.STARTING if is_recent else EngineState.STALE
+        since_s = now_s if is_recent else seen_s
+        self.engines[info.engine] = Engine(info, incarnation, start_settings(info), state, since_s)
 
     def take(self, report: Report, now_s: float, desired_interval_s: float = 0.0) -> list[Change]:
         """Believe a report. Raises Refused; then nothing but a count has changed."""

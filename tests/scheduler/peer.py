@@ -1,0 +1,227 @@
+"""An engine's workers as the agent sees them: ZMQ DEALERs that report what random steps under the live settings did.
+
+`Workers` makes the reports; `python -m tests.scheduler.peer` is a process of its own that steps for ever, so that one
+can see whether it goes on when everything else is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import uuid
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zmq
+
+from llep.config import Mode, Settings
+from llep.loads import imbalance_ratio
+from llep.messages import (
+    IMBALANCE_BUCKETS,
+    LAYER_PHASES,
+    PROTOCOL,
+    SECONDS_BUCKETS,
+    Array,
+    Directive,
+    EngineInfo,
+    GroupLoads,
+    Histogram,
+    Report,
+    decode_directive,
+    encode,
+)
+
+BYTES_PER_SLOT = 1000
+STEP_S = 0.02
+
+
+class Workers:
+    """All ranks of one engine: two experts per rank, the first rank's are hot."""
+
+    def __init__(
+        self, engine: str = "tiny", ep_size: int = 2, num_layers: int = 3, seed: int = 0, **start: Any
+    ) -> None:
+        self.engine, self.ep_size, self.num_layers = engine, ep_size, num_layers
+        self.num_experts, self.top_k = 2 * ep_size, 2
+        self.incarnation = uuid.uuid4().hex
+        self.start = self.live = Settings.parse(start)
+        self.held_revision = self.live_revision = self.live_since_step = 0
+        self.last_apply_error = ""
+        self._held = self.live
+        self._rng = np.random.default_rng(seed)
+        self.seq = self.step_number = 0
+        self.tokens_L = np.zeros(num_layers, dtype=np.int64)
+        self.routed_LE = np.zeros((num_layers, self.num_experts), dtype=np.int64)
+        self.computed_LR = np.zeros((num_layers, ep_size), dtype=np.int64)
+        self.imbalance_LS = np.zeros((num_layers, 2))
+        self.lends_R = np.zeros(ep_size, dtype=np.int64)
+        self.decisions: Counter[str] = Counter()
+
+    @property
+    def routed_LR(self) -> np.ndarray[Any, Any]:
+        return self.routed_LE.reshape(self.num_layers, self.ep_size, 2).sum(axis=2)
+
+    def take(self, directive: Directive) -> None:
+        """Hold it; it goes live with the next step."""
+        assert directive.engine == self.engine
+        if directive.revision > self.held_revision:
+            self.held_revision, self._held = directive.revision, Settings.parse(directive.settings)
+
+    def step(self, tokens: int = 100) -> None:
+        """One forward pass; in mode active every layer is evened out."""
+        if self.live_revision < self.held_revision:
+            self.live, self.live_revision = self._held, self.held_revision
+            self.live_since_step = self.step_number
+        self.step_number += 1
+        for layer in range(self.num_layers):
+            self._run_layer(layer, tokens)
+
+    def _run_layer(self, layer: int, tokens: int) -> None:
+        weights = np.r_[[0.45, 0.45], np.full(self.num_experts - 2, 0.1 / (self.num_experts - 2))]
+        counts_E = self._rng.multinomial(tokens * self.top_k, weights)
+        routed_R = counts_E.reshape(self.ep_size, 2).sum(axis=1)
+        computed_R = routed_R
+        if self.live.mode is Mode.ACTIVE:
+            computed_R = np.diff(np.linspace(0, counts_E.sum(), self.ep_size + 1).astype(np.int64))
+            self.lends_R += np.arange(self.ep_size) > 0
+        self.decisions["lend" if self.live.mode is Mode.ACTIVE else "off"] += 1
+        self.tokens_L[layer] += tokens
+        self.routed_LE[layer] += counts_E
+        self.computed_LR[layer] += computed_R
+        self.imbalance_LS[layer] += imbalance_ratio(routed_R), imbalance_ratio(computed_R)
+
+    def reports(self) -> list[Report]:
+        self.seq += 1
+        return [self.report(rank) for rank in range(self.ep_size)]
+
+    def report(self, rank: int) -> Report:
+        return Report(
+            protocol=PROTOCOL,
+            info=self.info(),
+            rank=rank,
+            incarnation=self.incarnation,
+            seq=self.seq,
+            time_s=time.time(),
+            step=self.step_number,
+            steps={"prefill": self.step_number, "decode": 0},
+            held_revision=self.held_revision,
+            live_revision=self.live_revision,
+            live_settings=self.live.dump(),
+            live_since_step=self.live_since_step,
+            live_since_time_s=time.time(),
+            last_apply_error=self.last_apply_error,
+            phase_seconds={phase: Histogram((0,) * (len(SECONDS_BUCKETS) + 1), 0.0) for phase in LAYER_PHASES},
+            layer_seconds=0.001 * self.step_number,
+            memory_budget_bytes=4 * BYTES_PER_SLOT,
+            memory_used_bytes=rank * BYTES_PER_SLOT,
+            memory_peak_bytes=rank * BYTES_PER_SLOT,
+            errors={},
+            group=self._group() if rank == 0 else None,
+        )
+
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            engine=self.engine,
+            model_name="org/tiny",
+            llep_version="0.1.0",
+            vllm_version="0.32.0",
+            backend="cpu",
+            quantization="none",
+            dtype="float32",
+            ep_size=self.ep_size,
+            tp_size=self.ep_size,
+            dp_size=1,
+            layer_numbers=tuple(range(self.num_layers)),
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            slots_per_rank=4,
+            bytes_per_slot=BYTES_PER_SLOT,
+            max_model_len=1024,
+            settings=self.start.dump(),
+            setting_sources=dict.fromkeys(Settings.model_fields, "environment"),
+        )
+
+    def _group(self) -> GroupLoads:
+        layer_steps_L = np.full(self.num_layers, self.step_number, dtype=np.int64)
+        histogram = Histogram((*(0 for _ in IMBALANCE_BUCKETS), int(layer_steps_L.sum())), 0.0)
+        return GroupLoads(
+            tokens_L=Array.of(self.tokens_L),
+            routed_LE=Array.of(self.routed_LE),
+            routed_LR=Array.of(self.routed_LR),
+            computed_LR=Array.of(self.computed_LR),
+            layer_steps_L=Array.of(layer_steps_L),
+            imbalance_sum_LS=Array.of(self.imbalance_LS),
+            imbalance_histograms=(histogram, histogram),
+            decisions=dict(self.decisions),
+            spilled_in_R=Array.of(10 * self.lends_R),
+            spilled_out_R=Array.of(10 * self.lends_R),
+            lends_in_R=Array.of(self.lends_R),
+            lends_out_R=Array.of(self.lends_R),
+            bytes_per_lend=BYTES_PER_SLOT,
+            last_plan_time_s=time.time(),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--socket", required=True)
+    parser.add_argument("--engine", required=True)
+    parser.add_argument("--status", type=Path, required=True, help="file that says how far it is")
+    parser.add_argument("--probe", action="store_true", help="make itself known to the agent at each connection")
+    arguments, rest = parser.parse_known_args()
+    start = {key.lstrip("-"): json.loads(value) for key, value in zip(rest[::2], rest[1::2], strict=True)}
+    run(Workers(arguments.engine, **start), arguments.socket, arguments.status, arguments.probe)
+
+
+def run(workers: Workers, path: str, status: Path, probe: bool) -> None:
+    sockets = [_connect(path, probe) for _ in range(workers.ep_size)]
+    next_report_s = 0.0
+    parent = os.getppid()
+    while os.getppid() == parent:
+        workers.step()
+        wants_report = [_receive(workers, socket) for socket in sockets]
+        if time.monotonic() >= next_report_s or any(wants_report):
+            next_report_s = time.monotonic() + workers.live.report_interval_s
+            for socket, report in zip(sockets, workers.reports(), strict=True):
+                try:
+                    socket.send(encode(report), zmq.NOBLOCK)
+                except zmq.Again:
+                    pass  # the agent is away
+        _write(status, workers)
+        time.sleep(STEP_S)
+
+
+def _connect(path: str, probe: bool) -> zmq.Socket[bytes]:
+    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, 2)
+    socket.setsockopt(zmq.RECONNECT_IVL, 100)
+    socket.setsockopt(zmq.PROBE_ROUTER, int(probe))
+    socket.connect(f"ipc://{path}")
+    return socket
+
+
+def _receive(workers: Workers, socket: zmq.Socket[bytes]) -> bool:
+    """Whether the agent asks for a report; a directive is taken."""
+    asks = False
+    while socket.poll(0):
+        frame = socket.recv()
+        if frame:
+            workers.take(decode_directive(frame))
+        asks = True
+    return asks
+
+
+def _write(status: Path, workers: Workers) -> None:
+    found = {"step": workers.step_number, "revision": workers.live_revision, "mode": workers.live.mode}
+    new = status.with_suffix(".new")
+    new.write_text(json.dumps({**found, "settings": workers.live.dump()}))
+    new.replace(status)
+
+
+if __name__ == "__main__":
+    main()

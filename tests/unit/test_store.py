@@ -1,0 +1,248 @@
+"""The store loses nothing that it acknowledged, whatever happens to the process, the disk or the file."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llep.errors import StoreUnavailable
+from llep.scheduler.desired import Desired
+from llep.scheduler.journal import Journal
+from llep.scheduler.store import DAY_S, FILE, KnownEngine, NewEvent, Revision, Store
+from llep.views import EventKind
+from tests.scheduler.peer import Workers
+
+
+def event(message: str = "said", time_s: float | None = None) -> NewEvent:
+    now_s = time.time() if time_s is None else time_s
+    return NewEvent(kind=EventKind.SETTINGS, message=message, time_s=now_s, data={"a": [1, None]})
+
+
+def revision(number: int, time_s: float | None = None) -> Revision:
+    return Revision(
+        number=number,
+        time_s=time.time() if time_s is None else time_s,
+        author="me",
+        reason="because",
+        engines=["tiny"],
+        patch={"imbalance_threshold": 1 + number / 1000},
+        desired=Desired().changed({"imbalance_threshold": 1 + number / 1000}, ["tiny"], number),
+    )
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    written = revision(1)
+    store.append(written, event("first"))
+    store.add_events([event("second"), event("third")])
+    workers = Workers()
+    store.put_engines([KnownEngine(workers.info(), "incarnation", 12.5)])
+    store.close()
+    again = Store(tmp_path)
+    assert again.desired() == written.desired
+    assert again.revisions(10) == [written]
+    assert [e.message for e in again.events(10)] == ["third", "second", "first"]
+    assert [e.message for e in again.events(10, before_id=3, after_id=1)] == ["second"]
+    assert again.events(1)[0].data == {"a": [1, None]}
+    assert again.engines() == [KnownEngine(workers.info(), "incarnation", 12.5)]
+    again.close()
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from llep.scheduler.store import Store
+from tests.unit.test_store import event, revision
+store = Store(Path(sys.argv[1]))
+number = store.desired().revision
+while True:
+    number += 1
+    store.append(revision(number), event(str(number)))
+    print(number, flush=True)
+"""
+
+
+def test_kill_9_loses_no_acknowledged_revision(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for _ in range(4):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        acknowledged = [int(writer.stdout.readline())]
+        deadline_s = time.monotonic() + rng.uniform(0.01, 0.2)
+        while time.monotonic() < deadline_s:
+            acknowledged.append(int(writer.stdout.readline()))
+        writer.send_signal(signal.SIGKILL)
+        acknowledged += [int(line) for line in writer.stdout.read().splitlines()]
+        writer.wait()
+        writer.stdout.close()
+        store = Store(tmp_path)
+        assert store.set_aside is None
+        number = store.desired().revision
+        # One more may have been stored just before its number could be printed.
+        assert acknowledged[-1] <= number <= acknowledged[-1] + 1
+        assert [r.number for r in store.revisions(number)] == list(range(number, 0, -1))
+        assert len(store.events(10_000)) == number
+        store.close()
+
+
+def overwrite_all(path: Path) -> None:
+    path.write_bytes(b"not a database at all" * 100)
+
+
+def overwrite_pages(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[4096:] = b"\xa5" * (len(data) - 4096)
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def drop_table(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE events")
+    db.close()
+
+
+def spoil_contents(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE revisions SET desired = '{'")
+    db.close()
+
+
+@pytest.mark.parametrize("damage", [overwrite_all, overwrite_pages, truncate, empty, drop_table, spoil_contents])
+def test_a_damaged_file_is_set_aside(tmp_path: Path, damage) -> None:
+    store = Store(tmp_path)
+    store.append(revision(1), event())
+    store.close()
+    damage(tmp_path / FILE)
+    spoiled = (tmp_path / FILE).read_bytes()
+    store = Store(tmp_path)
+    assert store.set_aside is not None and store.set_aside.read_bytes() == spoiled
+    assert store.desired() == Desired() and store.events(10) == []
+    store.append(revision(1), event())
+    store.close()
+
+
+def test_only_the_newest_damaged_files_are_kept(tmp_path: Path) -> None:
+    for _ in range(5):
+        Store(tmp_path).close()
+        overwrite_all(tmp_path / FILE)
+    store = Store(tmp_path)
+    assert store.set_aside is not None and store.set_aside.exists()
+    assert len(list(tmp_path.glob("*.damaged-*"))) == 3
+    store.close()
+
+
+def overwrite_with_journal(path: Path) -> None:
+    overwrite_all(path)
+    wal = Path(f"{path}-wal")
+    wal.write_bytes(b"\xa5" * wal.stat().st_size)
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, overwrite_with_journal])
+def test_a_file_lost_or_damaged_in_use_is_written_again(tmp_path: Path, harm) -> None:
+    journal = Journal(tmp_path)
+    assert journal.problem
+    journal.keep()
+    assert not journal.problem
+    change(journal, 1)
+    harm(tmp_path / FILE)
+    change(journal, 2)
+    assert journal.desired.revision == 2
+    found = sqlite3.connect(tmp_path / FILE)
+    assert found.execute("SELECT max(number) FROM revisions").fetchall() == [(2,)]
+    found.close()
+    kinds = [e.kind for e in journal.events(100, before_id=None, after_id=None)]
+    assert EventKind.STORE_SET_ASIDE in kinds
+    journal._close("over")
+
+
+def change(journal: Journal, number: int) -> None:
+    new = revision(number)
+    journal.commit(new.desired, event(), author="me", reason="", engines=None, patch=new.patch)
+
+
+def test_a_full_disk_refuses_the_change_and_keeps_the_last_state(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.keep()
+    change(journal, 1)
+    store = journal._store
+    assert store is not None
+    store._db.execute("PRAGMA max_page_count = 1")  # SQLite's own: what it does when the disk is full
+    number = 1
+    with pytest.raises(StoreUnavailable, match="full.*free or repair the disk"):
+        for number in range(2, 1000):
+            change(journal, number)
+    assert journal.desired.revision == number - 1
+    assert store.desired() == journal.desired
+    journal.note(EventKind.ENGINE_UP, "kept in memory", engine="tiny", data={"filler": "x" * 100_000})
+    store._db.execute("PRAGMA max_page_count = 100000")
+    change(journal, number)
+    journal.note(EventKind.ENGINE_UP, "next", engine="tiny", data={})
+    assert [e.message for e in store.events(2)] == ["next", "kept in memory"]
+    journal._close("over")
+
+
+def test_a_folder_has_one_scheduler(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(StoreUnavailable, match="in use by another scheduler: set LLEP_STATE_DIR"):
+        Store(tmp_path)
+    store.close()
+    Store(tmp_path).close()
+
+
+def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreUnavailable, match="file.*set LLEP_STATE_DIR"):
+        Store(tmp_path / "file" / "below")
+
+
+def test_a_newer_schema_is_left_alone(tmp_path: Path) -> None:
+    Store(tmp_path).close()
+    with sqlite3.connect(tmp_path / FILE) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    before = (tmp_path / FILE).read_bytes()
+    with pytest.raises(StoreUnavailable, match="schema version 99.*install the newer llep"):
+        Store(tmp_path)
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_what_is_old_goes_but_never_the_newest_revision(tmp_path: Path) -> None:
+    store = Store(tmp_path, max_age_s={"revisions": 10 * DAY_S, "events": 5 * DAY_S})
+    for days in range(20, 0, -1):
+        store.append(revision(21 - days, time.time() - days * DAY_S), event(f"{days} days", time.time() - days * DAY_S))
+    store.prune(time.time() + 60)
+    assert [r.number for r in store.revisions(100)] == list(range(20, 11, -1))
+    assert [e.message for e in store.events(100)] == [f"{days} days" for days in range(1, 5)]
+    store.prune(time.time() + 100 * DAY_S)
+    assert [r.number for r in store.revisions(100)] == [20] and store.events(100) == []
+    store.close()
+
+
+def test_what_is_too_much_goes_oldest_first(tmp_path: Path) -> None:
+    store = Store(tmp_path, max_bytes=300_000)
+    store.append(revision(1), event())
+    for _ in range(20):
+        store.add_events([event("x" * 1000) for _ in range(50)])
+    newest = store.events(1)[0].id
+    assert store._used_bytes() > 1_000_000
+    store.prune(time.time())
+    assert store._used_bytes() <= 300_000
+    assert store.desired().revision == 1
+    kept = [e.id for e in store.events(10_000)]
+    assert kept == list(range(newest, newest - len(kept), -1)) and len(kept) > 50
+    store.close()

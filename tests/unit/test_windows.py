@@ -1,0 +1,272 @@
+"""What the scheduler knows of engines: loads as differences of counters, states, and which reports are believed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from llep.messages import Array, Histogram, Report, encode
+from llep.scheduler.admit import Refusal, Refused, decode
+from llep.scheduler.windows import FORGET_AFTER_S, MOST_SNAPSHOTS, Windows, loads
+from llep.views import EngineState, EventKind
+from tests.scheduler.peer import BYTES_PER_SLOT, Workers
+
+
+def hear(windows: Windows, workers: Workers, now_s: float) -> list[EventKind]:
+    """All ranks report; what came of it."""
+    return [change.kind for report in workers.reports() for change in windows.take(report, now_s)]
+
+
+def run(windows: Windows, workers: Workers, from_s: int, to_s: int) -> None:
+    """One step and one report per second."""
+    for now_s in range(from_s, to_s):
+        workers.step()
+        hear(windows, workers, now_s)
+
+
+@pytest.mark.parametrize(("window_s", "steps"), [(10, 10), (1, 1), (0.5, 1), (59, 59), (1000, 59)])
+def test_loads_are_those_of_the_window(window_s: float, steps: int) -> None:
+    windows, workers = Windows(), Workers(ep_size=4)
+    run(windows, workers, 0, 60 - steps)
+    routed_LE, computed_LR, decisions = copy.deepcopy((workers.routed_LE, workers.computed_LR, workers.decisions))
+    imbalance_LS, lends = workers.imbalance_LS.copy(), workers.lends_R.sum()
+    run(windows, workers, 60 - steps, 60)
+    found = loads(windows.engines["tiny"], window_s, now_s=59.5)
+    assert found.window_s == steps
+    assert found.tokens == 100 * steps
+    assert found.layer_steps == 3 * steps
+    routed_R = (workers.routed_LE - routed_LE).sum(axis=0).reshape(4, 2).sum(axis=1)
+    assert [rank.routed_tokens for rank in found.ranks] == routed_R.tolist()
+    assert [r.computed_tokens for r in found.ranks] == (workers.computed_LR - computed_LR).sum(axis=0).tolist()
+    mean_S = (workers.imbalance_LS - imbalance_LS).sum(axis=0) / (3 * steps)
+    assert (found.imbalance_ratio_before, found.imbalance_ratio_after) == pytest.approx(tuple(mean_S))
+    assert found.imbalance_ratio_before > 3 and found.imbalance_ratio_after < 1.1
+    assert found.lends == workers.lends_R.sum() - lends
+    assert found.lend_bytes == found.lends * BYTES_PER_SLOT
+    assert found.spilled_tokens == 10 * found.lends
+    assert found.decisions == {"lend": workers.decisions["lend"] - decisions["lend"]}
+    assert found.layer_seconds == pytest.approx(0.001 * steps)
+
+
+def test_an_idle_engine_has_no_ratio() -> None:
+    windows, workers = Windows(), Workers()
+    run(windows, workers, 0, 10)
+    for now_s in range(10, 20):
+        hear(windows, workers, now_s)
+    found = loads(windows.engines["tiny"], 5, now_s=20)
+    assert (found.tokens, found.layer_steps, found.window_s) == (0, 0, 5)
+    assert found.imbalance_ratio_before is None and found.imbalance_ratio_after is None
+
+
+def test_an_engine_that_is_gone_has_no_loads() -> None:
+    windows, workers = Windows(), Workers()
+    run(windows, workers, 0, 10)
+    assert loads(windows.engines["tiny"], 5, now_s=13).tokens == 500
+    found = loads(windows.engines["tiny"], 5, now_s=60)
+    assert (found.tokens, found.window_s) == (0, 0)
+
+
+def test_memory_is_bounded_however_often_an_engine_reports() -> None:
+    windows, workers = Windows(), Workers()
+    for tenth in range(2000):
+        hear(windows, workers, tenth / 10)
+    engine = windows.engines["tiny"]
+    assert 195 <= len(engine.snapshots) <= 205
+    assert engine.snapshots[-1].time_s == 199.9
+    for second in range(200, 200 + 2 * MOST_SNAPSHOTS):
+        hear(windows, workers, second)
+    assert len(engine.snapshots) == MOST_SNAPSHOTS
+
+
+def test_states() -> None:
+    windows, workers = Windows(), Workers()
+    first, second = workers.reports()
+    assert windows.take(first, 0.0) == []
+    engine = windows.engines["tiny"]
+    assert engine.state is EngineState.STARTING and engine.held_revision == 0
+    (change,) = windows.take(second, 1.0)
+    assert change.kind is EventKind.ENGINE_UP and engine.state is EngineState.LIVE
+    assert windows.tick(4.9, {}) == []
+    windows.take(workers.reports()[1], 5.0)
+    (change,) = windows.tick(5.1, {})
+    assert change.kind is EventKind.ENGINE_STALE and "no report from ranks 0" in change.message
+    assert engine.state is EngineState.STALE
+    assert windows.tick(6.0, {}) == []
+    assert hear(windows, workers, 7.0) == [EventKind.ENGINE_UP]
+    windows.tick(7.0 + FORGET_AFTER_S - 1, {})
+    assert "tiny" in windows.engines
+    windows.tick(7.0 + FORGET_AFTER_S + 1, {})
+    assert windows.engines == {}
+
+
+def test_an_engine_that_reports_seldom_is_not_stale_between_reports() -> None:
+    windows, workers = Windows(), Workers(report_interval_s=100.0)
+    hear(windows, workers, 0.0)
+    windows.tick(499.0, {})
+    assert windows.engines["tiny"].state is EngineState.LIVE
+    windows.tick(501.0, {})
+    assert windows.engines["tiny"].state is EngineState.STALE
+
+
+def test_an_engine_told_to_report_seldom_is_not_stale_either() -> None:
+    windows, workers = Windows(), Workers()
+    hear(windows, workers, 0.0)
+    windows.tick(100.0, {"tiny": 30.0})
+    assert windows.engines["tiny"].state is EngineState.LIVE
+
+
+def test_a_new_start_replaces_the_old_one() -> None:
+    windows, old = Windows(), Workers()
+    run(windows, old, 0, 10)
+    new = Workers(ep_size=4, seed=1)
+    assert hear(windows, new, 10.0) == [EventKind.ENGINE_RESTARTED, EventKind.ENGINE_UP]
+    engine = windows.engines["tiny"]
+    assert engine.info.ep_size == 4 and len(engine.snapshots) == 1
+    with pytest.raises(Refused, match="give each engine a name of its own with LLEP_ENGINE") as refused:
+        windows.take(old.reports()[0], 11.0)
+    assert refused.value.reason is Refusal.REPLACED
+    assert engine.refused == {"replaced": 1} and engine.info.ep_size == 4
+
+
+@pytest.mark.parametrize(("silent_s", "state"), [(100.0, EngineState.STARTING), (1000.0, EngineState.STALE)])
+def test_an_engine_from_the_store_is_not_live_until_it_reports(silent_s: float, state: EngineState) -> None:
+    windows, workers = Windows(), Workers()
+    windows.restore(workers.info(), workers.incarnation, 5000.0 - silent_s, 5000.0)
+    engine = windows.engines["tiny"]
+    assert engine.state is state and loads(engine, 10, now_s=5000.0).tokens == 0
+    assert windows.tick(5001.0, {}) == []
+    assert hear(windows, workers, 5002.0) == [EventKind.ENGINE_UP]
+    assert windows.engines["tiny"] is engine
+
+
+def test_an_engine_that_went_while_no_scheduler_was_there_is_said_to_be_gone() -> None:
+    windows, workers = Windows(), Workers()
+    windows.restore(workers.info(), workers.incarnation, 4990.0, 5000.0)
+    (change,) = windows.tick(5006.0, {})
+    assert change.kind is EventKind.ENGINE_STALE and "no report from ranks 0, 1" in change.message
+
+
+def test_a_refused_directive_is_an_event_once() -> None:
+    windows, workers = Windows(), Workers()
+    hear(windows, workers, 0.0)
+    workers.last_apply_error = "slots_per_rank can't change"
+    assert hear(windows, workers, 1.0) == [EventKind.APPLY_FAILED]
+    assert hear(windows, workers, 2.0) == []
+    assert windows.engines["tiny"].last_apply_error == "slots_per_rank can't change"
+
+
+Spoil = Callable[[Report], Report]
+
+
+def of_report(**changes: Any) -> Spoil:
+    return lambda report: msgspec.structs.replace(report, **changes)
+
+
+def of_info(**changes: Any) -> Spoil:
+    return lambda report: msgspec.structs.replace(report, info=msgspec.structs.replace(report.info, **changes))
+
+
+def of_group(**changes: Any) -> Spoil:
+    return lambda report: msgspec.structs.replace(report, group=msgspec.structs.replace(report.group, **changes))
+
+
+def of_array(name: str, change: Callable[[Any], Any]) -> Spoil:
+    def spoil(report: Report) -> Report:
+        values = getattr(report.group, name).numpy().copy()
+        changed = change(values)
+        return of_group(**{name: Array.of(values if changed is None else changed)})(report)
+
+    return spoil
+
+
+def set_item(index: Any, value: Any) -> Callable[[Any], Any]:
+    def change(values: Any) -> None:
+        values[index] = value
+
+    return change
+
+
+def bogus(name: str, **changes: Any) -> Spoil:
+    return lambda report: of_group(**{name: msgspec.structs.replace(getattr(report.group, name), **changes)})(report)
+
+
+REFUSED = {
+    "protocol": (of_report(protocol=2), Refusal.PROTOCOL),
+    "same seq": (of_report(seq=1), Refusal.ORDER),
+    "older seq": (of_report(seq=-5), Refusal.ORDER),
+    "no such rank": (of_report(rank=7, group=None), Refusal.RANK),
+    "negative rank": (of_report(rank=-1, group=None), Refusal.RANK),
+    "rank 0 without group": (of_report(group=None), Refusal.SHAPE),
+    "rank 1 with group": (of_report(rank=1), Refusal.SHAPE),
+    "another model": (of_info(model_name="other"), Refusal.ENGINE),
+    "more experts": (of_info(num_experts=8), Refusal.ENGINE),
+    "steps key": (of_report(steps={"warmup": 3}), Refusal.SHAPE),
+    "phase key": (of_report(phase_seconds={"think": Histogram((0,) * 7, 0.0)}), Refusal.SHAPE),
+    "buckets": (of_report(phase_seconds={"plan": Histogram((0,) * 6, 0.0)}), Refusal.SHAPE),
+    "many errors": (of_report(errors={f"a/{n}": 1 for n in range(100)}), Refusal.SHAPE),
+    "long error": (of_report(last_apply_error="x" * 20_000), Refusal.SHAPE),
+    "decision key": (of_group(decisions={"guess": 1}), Refusal.SHAPE),
+    "negative step": (of_report(step=-1), Refusal.COUNT),
+    "absurd step": (of_report(step=(1 << 63) - 1), Refusal.COUNT),
+    "less than before": (of_report(step=0), Refusal.COUNT),
+    "lost key": (of_report(steps={}), Refusal.COUNT),
+    "negative seconds": (of_report(layer_seconds=-0.1), Refusal.COUNT),
+    "endless seconds": (of_report(layer_seconds=float("inf")), Refusal.COUNT),
+    "no time": (of_report(time_s=float("nan")), Refusal.COUNT),
+    "negative memory": (of_report(memory_used_bytes=-1), Refusal.COUNT),
+    "negative bytes per lend": (of_group(bytes_per_lend=-1), Refusal.COUNT),
+    "settings": (of_report(live_settings={"imbalance_threshold": 0.5}), Refusal.SETTINGS),
+    "unknown settings": (of_report(live_settings={"swing": 1}), Refusal.SETTINGS),
+    "wrong shape": (of_array("routed_LE", lambda v: v[:, :3]), Refusal.SHAPE),
+    "one layer more": (of_array("tokens_L", lambda v: np.append(v, 0)), Refusal.SHAPE),
+    "float counts": (of_array("tokens_L", lambda v: v.astype(np.float64)), Refusal.SHAPE),
+    "objects": (bogus("tokens_L", dtype="|O"), Refusal.SHAPE),
+    "no dtype": (bogus("tokens_L", dtype="zebra"), Refusal.SHAPE),
+    "short data": (bogus("tokens_L", data=b"123"), Refusal.SHAPE),
+    "negative shape": (bogus("tokens_L", shape=(-1,)), Refusal.SHAPE),
+    "negative count": (of_array("routed_LE", set_item((1, 1), -5)), Refusal.COUNT),
+    "absurd count": (of_array("routed_LE", set_item((1, 1), np.iinfo(np.int64).max)), Refusal.COUNT),
+    "decreasing count": (of_array("tokens_L", set_item(0, 0)), Refusal.COUNT),
+    "NaN": (of_array("imbalance_sum_LS", set_item((0, 0), np.nan)), Refusal.COUNT),
+    "computed is not routed": (of_array("computed_LR", lambda v: v + 1), Refusal.SUMS),
+    "a token too many": (of_array("tokens_L", lambda v: v + 1), Refusal.SUMS),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_its_reason_and_no_harm(name: str) -> None:
+    spoil, reason = REFUSED[name]
+    windows, workers = Windows(), Workers()
+    run(windows, workers, 0, 3)
+    workers.step()
+    good = workers.reports()
+    before = loads(windows.engines["tiny"], 10, 3.0)
+    with pytest.raises(Refused) as refused:
+        windows.take(decode(encode(spoil(good[0]))), 3.0)
+    assert refused.value.reason is reason, refused.value
+    assert loads(windows.engines["tiny"], 10, 3.0) == before
+    for report in good:
+        assert windows.take(report, 3.0) == []
+    assert loads(windows.engines["tiny"], 10, 3.0).tokens == before.tokens + 100
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"hello", encode(Workers().report(0))[:-3]])
+def test_garbled(data: bytes) -> None:
+    with pytest.raises(Refused) as refused:
+        decode(data)
+    assert refused.value.reason is Refusal.GARBLED
+
+
+@pytest.mark.parametrize(
+    "changes", [{"ep_size": 0}, {"ep_size": 1 << 20}, {"num_experts": -1}, {"layer_numbers": ()}, {"engine": ""}]
+)
+def test_an_engine_that_can_not_be(changes: dict[str, Any]) -> None:
+    windows = Windows()
+    with pytest.raises(Refused) as refused:
+        windows.take(of_info(**changes)(Workers().report(0)), 0.0)
+    assert refused.value.reason is Refusal.ENGINE and windows.engines == {}
