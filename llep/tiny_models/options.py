@@ -13,7 +13,7 @@ HEAD_DIM = 64
 SIZE_MULTIPLE = 32  # vLLM's CPU kernels want hidden and intermediate sizes in multiples of it
 HARMONY_VOCAB = 201088  # with fewer, vLLM's chat for gpt-oss sends token ids that the model doesn't have
 MAX_EXPERTS = 1024
-MAX_BIAS = 100.0
+MAX_BIAS = 1000.0
 
 
 class Kind(StrEnum):

@@ -97,7 +97,7 @@ def _bisect(sample: _Sample, options: Options) -> float:
     """The least bias whose share reaches the wanted one (shares grow with the bias)."""
     wanted = _wanted_share(options)
     low, high = -MAX_BIAS, MAX_BIAS
-    for _ in range(24):
+    for _ in range(28):
         middle = (low + high) / 2
         if sample.hot_share(middle) < wanted:
             low = middle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -113,6 +114,7 @@ def _special_tokens(options: Options) -> dict[str, int]:
     return {text: first + index for index, text in enumerate(texts)}
 
 
+@functools.cache
 def _train_bpe(size: int) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
