@@ -181,14 +181,14 @@ def layer_s(
             if tokens and not bank_s[rank]:
                 bank_s[rank] = model.gemm_launch_s
             bank_s[rank] += model.expert_s(tokens, bytes_per_expert)
-    arrival_s = _arrivals(transfers, ep_size, ranks_per_node, model, bytes_per_expert or model.expert_bytes)
+    arrival_s = arrivals_s(transfers, ep_size, ranks_per_node, model, bytes_per_expert or model.expert_bytes)
     return max(
         own + lent + max(arrival - model.overlap_ratio * own, 0.0)
         for own, lent, arrival in zip(own_s, lent_s, arrival_s, strict=True)
     )
 
 
-def _arrivals(
+def arrivals_s(
     transfers: Sequence[Transfer], ep_size: int, ranks_per_node: int | None, model: CostModel, size_bytes: int
 ) -> list[float]:
     """When each rank has its last lend. A round lasts as long as its busiest port, and the next one waits for it."""
