@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from llep import __version__
 from llep.scheduler.client import SchedulerClient
@@ -45,8 +45,10 @@ def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
     app.state.keys = keys
     app.state.scheduler = scheduler
     app.state.exposition = Exposition(scheduler)
+    guarded = [Depends(routes.bearer)] if keys else []
     app.include_router(routes.ops)
-    app.include_router(routes.v1)
+    app.include_router(routes.scrape, dependencies=guarded)
+    app.include_router(routes.v1, dependencies=guarded)
     errors.install(app)
     # The last one added sees the request first.
     app.add_middleware(BoundedBody)

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 from starlette.types import Scope as AsgiScope
 
 from llep.errors import (
@@ -170,9 +171,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http_error(request: Request, error: HTTPException) -> Response:
-        code = CODE_BY_STATUS.get(error.status_code, "http_error")
-        body = error_body(request.scope, error.status_code, _sentence(request, error), code)
-        return json_response(body, error.status_code, error.headers)
+        status = error.status_code
+        allowed = ", ".join(_methods(app, request.scope)) if status == 405 else ""
+        message = _sentence(request, error, allowed)
+        body = error_body(request.scope, status, message, CODE_BY_STATUS.get(status, "http_error"))
+        return json_response(body, status, {"Allow": allowed} if allowed else error.headers)
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> Response:
@@ -182,12 +185,17 @@ def install(app: FastAPI) -> None:
         return json_response(body, 500, {REQUEST_ID_HEADER: body["request_id"]})
 
 
-def _sentence(request: Request, error: HTTPException) -> str:
+def _methods(app: FastAPI, scope: AsgiScope) -> list[str]:
+    """What the path of a request may be asked with; Starlette names the first route's methods only."""
+    routes = [route for route in app.routes if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE]
+    return sorted({method for route in routes for method in route.methods or ()})
+
+
+def _sentence(request: Request, error: HTTPException, allowed: str) -> str:
     path = request.url.path
     if error.status_code == 404:
         return f"there is nothing at {path!r}: see /docs for what there is"
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
         return f"{request.method} is not for {path}: use {allowed}"
     return str(error.detail)
 

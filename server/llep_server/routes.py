@@ -19,7 +19,7 @@ from llep_server.keys import KeyRing
 from llep_server.metrics import Exposition
 from llep_server.middleware import author_of
 from llep_server.scheduler import Scheduler
-from llep_server.schemas import Health, Live, ModeChange, Page, Readiness, Unready, Version
+from llep_server.schemas import Health, Live, ModeChange, Page, Readiness, Unready, Version, settings_patch_schema
 
 MAX_WINDOW_S = 3600.0
 MAX_EVENTS = 500
@@ -45,13 +45,14 @@ EnginesQuery = Annotated[
 ]
 ReasonQuery = Annotated[str, Query(description="why, for the audit trail", max_length=500)]
 # Only so that the API's description shows it; middleware.Gate does the checking, before anything is parsed.
-_bearer = HTTPBearer(auto_error=False, description="A key of the keys file, where the control plane was given one.")
+bearer = HTTPBearer(auto_error=False, description="A key of the control plane's keys file.")
 
 ops = APIRouter(tags=["operations"])
+scrape = APIRouter(tags=["operations"], responses=describe(401))
 v1 = APIRouter(
     prefix="/v1",
     tags=["v1"],
-    dependencies=[Depends(_bearer), Depends(_refuse_unknown_query)],
+    dependencies=[Depends(_refuse_unknown_query)],
     responses=describe(401, 403, 422, 503),
 )
 
@@ -99,11 +100,10 @@ async def version() -> Version:
     return Version(version=__version__, python=platform.python_version())
 
 
-@ops.get(
+@scrape.get(
     "/metrics",
-    dependencies=[Depends(_bearer)],
     response_class=Response,
-    responses={200: {"content": {"text/plain": {}}, "description": "Prometheus or OpenMetrics text"}, **describe(401)},
+    responses={200: {"content": {"text/plain": {}}, "description": "Prometheus or OpenMetrics text"}},
 )
 async def metrics(request: Request) -> Response:
     """Prometheus metrics of all engines. Goes on without a scheduler, with llep_scheduler_up 0."""
@@ -143,7 +143,11 @@ async def get_settings_schema() -> dict[str, Any]:
     return Settings.model_json_schema()
 
 
-@v1.patch("/settings", responses=describe(400, 404, 412, 413, 415))
+@v1.patch(
+    "/settings",
+    responses=describe(400, 404, 412, 413, 415),
+    openapi_extra={"requestBody": {"content": {"application/merge-patch+json": {"schema": settings_patch_schema()}}}},
+)
 async def patch_settings(
     request: Request,
     response: Response,
@@ -153,14 +157,17 @@ async def patch_settings(
         Body(
             media_type="application/merge-patch+json",
             description="the keys to change; null puts a key back to what it was at the engine's start",
-            examples=[{"imbalance_threshold": 1.5}],
         ),
     ],
     engines: EnginesQuery = None,
     reason: ReasonQuery = "",
     dry_run: Annotated[bool, Query(description="say what would change, change nothing")] = False,
     if_match: Annotated[
-        str | None, Header(description="the ETag that was read: 412 if somebody was faster", max_length=100)
+        str | None,
+        Header(
+            description="the ETag that was read: 412 if somebody was faster",
+            json_schema_extra={"pattern": r'^(\*|(W/)?"[0-9]{1,18}")$'},
+        ),
     ] = None,
 ) -> SettingsChange:
     """Change settings, all or nothing. Answers the new revision, what it changes, and where it is applied by now."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from llep.config import Mode
+from llep.config import Mode, Settings, is_hot
 from llep_server.errors import ErrorDetail
 
 T = TypeVar("T")
@@ -70,3 +70,21 @@ class Health(BaseModel):
     version: str
     checks: list[Check]
     keys: str = Field(description="'open', 'ok', or why the keys file's newest content is not in force")
+
+
+def settings_patch_schema() -> dict[str, Any]:
+    """JSON Schema of a merge patch: any of the keys that can change while serving, null to take a change back."""
+    schema = Settings.model_json_schema()
+    properties = {}
+    for key, rule in schema["properties"].items():
+        if is_hot(key):
+            rule = {name: value for name, value in rule.items() if name not in ("default", "hot", "title")}
+            named = schema["$defs"].get(rule.pop("$ref", "").rpartition("/")[2], {})
+            description = rule.pop("description")
+            properties[key] = {"description": description, "anyOf": [{**named, **rule}, {"type": "null"}]}
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+        "examples": [{"imbalance_threshold": 1.5}],
+    }

@@ -198,6 +198,19 @@ def test_bad_requests(unchanged: Running, method: str, path: str, status: int, c
         assert error["param"] == param
 
 
+def test_a_wrong_method_is_told_the_right_ones(unchanged: Running) -> None:
+    response = unchanged.http.delete("/v1/settings")
+    assert response.headers["Allow"] == "GET, PATCH"
+    assert "use GET, PATCH" in error_of(response, 405, "method_not_allowed")["message"]
+
+
+def test_the_description_shows_no_key_where_none_is_needed(unchanged: Running) -> None:
+    description = unchanged.http.get("/openapi.json").json()
+    assert "securitySchemes" not in description["components"]
+    patch = description["paths"]["/v1/settings"]["patch"]["requestBody"]["content"]["application/merge-patch+json"]
+    assert "slots_per_rank" not in patch["schema"]["properties"] and "mode" in patch["schema"]["properties"]
+
+
 def test_mistyped_dry_run_does_not_change_anything(unchanged: Running) -> None:
     response = unchanged.http.patch("/v1/settings?dryrun=true", json={"mode": "off"})
     assert "did you mean 'dry_run'" in error_of(response, 422, "invalid_request")["message"]

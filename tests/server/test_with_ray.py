@@ -85,7 +85,10 @@ def ray_head(environ: dict[str, str]) -> Iterator[RayHead]:
 
 
 @pytest.fixture
-def http(environ: dict[str, str], ray_head: RayHead, tmp_path: Path) -> Iterator[httpx.Client]:
+def http(
+    environ: dict[str, str], ray_head: RayHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[httpx.Client]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     command = [BIN / "llep", "control-plane", "--port", "0", "--ray-address", ray_head.address]
     command += ["--state-dir", str(tmp_path / "state")]
     environ = environ | {"RAY_AUTH_MODE": "disabled"}
@@ -119,7 +122,6 @@ def hand_in(ray_head: RayHead, state_dir: Path, engine: Engine, *, times: int = 
                 await report(client, engine)
                 engine.run(tokens=256)
 
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     asyncio.run(run())
 
 
