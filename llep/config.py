@@ -18,10 +18,7 @@ from llep.errors import SettingsError
 
 ENVIRONMENT_PREFIX = "LLEP_"
 # LLEP_* variables that are not settings: where things are, and who may come in.
-NOT_SETTINGS = frozenset(
-    {"CONFIG", "ENGINE", "STATE_DIR", "SERVER", "KEY_FILE", "RAY_ADDRESS", "RAY_NAMESPACE", "SCHEDULER"}
-    | {"SERVER_HOST", "SERVER_PORT", "SERVER_KEYS_FILE", "SERVER_STATE_DIR", "SERVER_INSECURE"}
-)
+NOT_SETTINGS = frozenset({"CONFIG", "ENGINE", "STATE_DIR", "SERVER", "KEY_FILE", "RAY_ADDRESS", "RAY_NAMESPACE"})
 
 
 class Mode(StrEnum):
@@ -202,7 +199,11 @@ def _read_file(path: Path) -> dict[str, Any]:
 def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     names = (name for name in environ if name.startswith(ENVIRONMENT_PREFIX))
     keys = {name: name.removeprefix(ENVIRONMENT_PREFIX) for name in names}
-    return {key.lower(): environ[name] for name, key in keys.items() if key not in NOT_SETTINGS}
+    return {
+        key.lower(): environ[name]
+        for name, key in keys.items()
+        if not (key in NOT_SETTINGS or key.startswith("SERVER_"))
+    }
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:

@@ -32,9 +32,9 @@ def _options(
 
 def _register() -> None:
     """Each module of commands adds its own to `app`."""
-    from llep.cli import control, control_plane, doctor, model, plan
+    from llep.cli import control, control_plane, doctor, model, plan, serve
 
-    for module in (model, control_plane, control, plan, doctor):
+    for module in (serve, model, control_plane, control, plan, doctor):
         module.add_to(app)
 
 

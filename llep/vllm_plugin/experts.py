@@ -12,8 +12,8 @@ from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPr
 
 from llep.errors import UnsupportedConfiguration
 
-# Activation scales that all experts share: broadcast views, not weights of an expert.
-_SHARED_BY_EXPERTS = ("w13_input_scale", "w2_input_scale")
+# Not an expert's weights: activation scales that all experts share, and what the router uses.
+_SHARED_BY_EXPERTS = ("w13_input_scale", "w2_input_scale", "e_score_correction_bias", "hash_indices_table")
 
 
 class VllmExperts:

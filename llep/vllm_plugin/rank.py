@@ -273,7 +273,7 @@ class Rank:
         loads = home_loads(tokens_per_expert, layer.placement.home_rank, layer.placement.ep_size)
         rank = self._transport.rank
         slots_used = sum(lend.dst_rank == rank for lend in planned.lends) if is_moved else 0
-        if planned.decision is Decision.LEND and not self._has_lent:
+        if rank == 0 and planned.decision is Decision.LEND and not self._has_lent:
             self._has_lent = True
             logger.info(
                 "llep: first step that %s: step %d, layer %d, %d lends, imbalance ratio %.2f -> %.2f",
