@@ -1,8 +1,8 @@
 """`python -m llep.scheduler.agent`: the process beside an engine that carries its reports and directives.
 
 Workers (ZMQ DEALER) connect to its ROUTER and send encoded Reports; it sends them encoded Directives. It keeps the
-newest of each only, so nothing can pile up. Two empty frames are optional: a worker may send one to be known as soon as
-it (re)connects, as ZMQ_PROBE_ROUTER does, and is answered with one, which asks for a report at once.
+newest of each only, so nothing can pile up. A worker that reports seldom sends an empty frame every second or two: an
+agent that doesn't know it, for it has just started, answers with an empty frame, which asks for a report at once.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class Agent:
             identity, *frames = await self._router.recv_multipart()
             self._heard_s = time.monotonic()
             if not frames or not frames[-1]:
-                await self._router.send_multipart([identity, b""])
+                if identity not in (worker.identity for worker in self._workers.values()):
+                    await self._router.send_multipart([identity, b""])
                 continue
             try:
                 header = decode_header(frames[-1])

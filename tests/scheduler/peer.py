@@ -12,6 +12,7 @@ import os
 import time
 import uuid
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from llep.messages import (
 
 BYTES_PER_SLOT = 1000
 STEP_S = 0.02
+HELLO_EVERY_S = 1.0
 
 
 class Workers:
@@ -171,15 +173,14 @@ def main() -> None:
     parser.add_argument("--socket", required=True)
     parser.add_argument("--engine", required=True)
     parser.add_argument("--status", type=Path, required=True, help="file that says how far it is")
-    parser.add_argument("--probe", action="store_true", help="make itself known to the agent at each connection")
     arguments, rest = parser.parse_known_args()
     start = {key.lstrip("-"): json.loads(value) for key, value in zip(rest[::2], rest[1::2], strict=True)}
-    run(Workers(arguments.engine, **start), arguments.socket, arguments.status, arguments.probe)
+    run(Workers(arguments.engine, **start), arguments.socket, arguments.status)
 
 
-def run(workers: Workers, path: str, status: Path, probe: bool) -> None:
-    sockets = [_connect(path, probe) for _ in range(workers.ep_size)]
-    next_report_s = 0.0
+def run(workers: Workers, path: str, status: Path) -> None:
+    sockets = [_connect(path) for _ in range(workers.ep_size)]
+    next_report_s = next_hello_s = 0.0
     parent = os.getppid()
     while os.getppid() == parent:
         workers.step()
@@ -187,20 +188,25 @@ def run(workers: Workers, path: str, status: Path, probe: bool) -> None:
         if time.monotonic() >= next_report_s or any(wants_report):
             next_report_s = time.monotonic() + workers.live.report_interval_s
             for socket, report in zip(sockets, workers.reports(), strict=True):
-                try:
-                    socket.send(encode(report), zmq.NOBLOCK)
-                except zmq.Again:
-                    pass  # the agent is away
+                _send(socket, encode(report))
+        if time.monotonic() >= next_hello_s:
+            next_hello_s = time.monotonic() + HELLO_EVERY_S
+            for socket in sockets:
+                _send(socket, b"")
         _write(status, workers)
         time.sleep(STEP_S)
 
 
-def _connect(path: str, probe: bool) -> zmq.Socket[bytes]:
+def _send(socket: zmq.Socket[bytes], frame: bytes) -> None:
+    with suppress(zmq.Again):  # the agent is away
+        socket.send(frame, zmq.NOBLOCK)
+
+
+def _connect(path: str) -> zmq.Socket[bytes]:
     socket = zmq.Context.instance().socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 2)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
-    socket.setsockopt(zmq.PROBE_ROUTER, int(probe))
     socket.connect(f"ipc://{path}")
     return socket
 

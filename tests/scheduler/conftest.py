@@ -1,0 +1,178 @@
+"""A Ray of its own for a module, and the processes of an engine: an agent and the workers that talk to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+START_TIMEOUT_S = 60.0
+
+
+def wait_for(what: Callable[[], Any], timeout_s: float = 30.0, every_s: float = 0.1) -> Any:
+    """The first true answer of what(). Fails when the time is over."""
+    deadline_s = time.monotonic() + timeout_s
+    while not (found := what()):
+        assert time.monotonic() < deadline_s, f"not within {timeout_s} s"
+        time.sleep(every_s)
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class RayHead:
+    """`ray start --head` in a session of its own, ended by its process group."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Returns when it listens."""
+        command = [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={self.port}"),
+            *("--node-ip-address=127.0.0.1", "--num-cpus=1", "--include-dashboard=false", "--disable-usage-stats"),
+            *(f"--temp-dir={self.folder}", "--object-store-memory=80000000"),
+        ]
+        with (self.folder / "out.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, cwd=REPO, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        wait_for(self._listens, START_TIMEOUT_S)
+
+    def kill(self) -> None:
+        """SIGKILL to all of it at once."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _listens(self) -> bool:
+        assert self._process is not None and self._process.poll() is None, (self.folder / "out.log").read_text()[-2000:]
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+@dataclass
+class RunningEngine:
+    """Workers that step for ever, and the agent beside them."""
+
+    name: str
+    folder: Path
+    start: dict[str, Any] = field(default_factory=dict)
+    agent: subprocess.Popen[bytes] | None = None
+    workers: subprocess.Popen[bytes] | None = None
+
+    @property
+    def _socket(self) -> str:
+        return str(self.folder / f"{self.name}.sock")
+
+    def start_agent(self) -> None:
+        command = [*(sys.executable, "-m", "llep.scheduler.agent", "--socket", self._socket, "--engine", self.name)]
+        with (self.folder / f"{self.name}.agent.log").open("ab") as log:
+            self.agent = subprocess.Popen([*command, "--parent-pid", str(os.getpid())], stderr=log)
+
+    def start_workers(self) -> None:
+        start = [text for key, value in self.start.items() for text in (f"--{key}", json.dumps(value))]
+        command = [sys.executable, "-m", "tests.scheduler.peer", "--socket", self._socket, "--engine", self.name]
+        options = ["--status", str(self._status_file), *start]
+        self.workers = subprocess.Popen([*command, *options], cwd=REPO)
+        wait_for(self._status_file.exists)
+
+    def kill_agent(self) -> None:
+        assert self.agent is not None
+        self.agent.kill()
+        self.agent.wait()
+
+    def agent_log(self) -> str:
+        return (self.folder / f"{self.name}.agent.log").read_text()
+
+    def status(self) -> dict[str, Any]:
+        """{"step", "revision", "mode", "settings"} as the workers run now."""
+        return dict(json.loads(self._status_file.read_text()))
+
+    def goes_on(self) -> bool:
+        """Whether its steps do, within a second."""
+        step = self.status()["step"]
+        deadline_s = time.monotonic() + 1.0
+        while time.monotonic() < deadline_s:
+            if self.status()["step"] > step:
+                return True
+            time.sleep(0.02)
+        return False
+
+    def end(self) -> None:
+        for process in (self.workers, self.agent):
+            if process is not None:
+                process.kill()
+                process.wait()
+        self._status_file.unlink(missing_ok=True)
+
+    @property
+    def _status_file(self) -> Path:
+        return self.folder / f"{self.name}.status"
+
+
+@pytest.fixture(scope="module")
+def short_folder() -> Iterator[Path]:
+    """A folder whose path leaves room for the names of unix sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="llep-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def ray_head(short_folder: Path) -> Iterator[RayHead]:
+    pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_MODE", "disabled")
+        environment.setenv("LLEP_RAY_NAMESPACE", "llep-test")
+        environment.setenv("LLEP_STATE_DIR", str(short_folder / "state"))
+        head = RayHead(short_folder)
+        environment.setenv("LLEP_RAY_ADDRESS", head.address)
+        try:
+            head.start()
+            yield head
+        finally:
+            head.kill()
+
+
+@pytest.fixture
+def make_engine(short_folder: Path) -> Iterator[Callable[..., RunningEngine]]:
+    """Starts engines, agent and workers, and ends them after the test."""
+    engines: list[RunningEngine] = []
+
+    def make(name: str, **start: Any) -> RunningEngine:
+        engine = RunningEngine(name, short_folder, {"report_interval_s": 0.2, **start})
+        engines.append(engine)
+        engine.start_agent()
+        engine.start_workers()
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.end()
