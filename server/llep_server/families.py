@@ -71,7 +71,7 @@ Sample = tuple[tuple[str, ...], Value]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineState:
+class ScrapedEngine:
     """One engine at a scrape. `reports` is by rank and never empty; `group` is what the EP group holds alike."""
 
     snapshot: EngineSnapshot
@@ -103,7 +103,7 @@ class Family:
     help: str
     labels: tuple[str, ...]  # after ENGINE_LABELS
     level: Level
-    read: Callable[[EngineState], Iterable[Sample]]
+    read: Callable[[ScrapedEngine], Iterable[Sample]]
 
     @property
     def type_name(self) -> str:
@@ -137,7 +137,7 @@ def add(metric: Metric, labels: Sequence[str], value: Value) -> None:
             raise AssertionError(f"{metric.name} is a {metric.type}, {value!r} is not for it")
 
 
-def _group(read: Callable[[GroupLoads], Iterable[Sample]]) -> Callable[[EngineState], Iterable[Sample]]:
+def _group(read: Callable[[GroupLoads], Iterable[Sample]]) -> Callable[[ScrapedEngine], Iterable[Sample]]:
     return lambda engine: read(engine.group) if engine.group else ()
 
 
@@ -150,21 +150,21 @@ def _in_and_out(incoming: Iterable[int], outgoing: Iterable[int], factor: int = 
         yield from (((str(rank), direction), int(value) * factor) for rank, value in enumerate(values))
 
 
-def _info(engine: EngineState) -> Iterable[Sample]:
+def _info(engine: ScrapedEngine) -> Iterable[Sample]:
     info = engine.info
     planner = str(engine.setting("planner"))
     yield (info.llep_version, info.vllm_version, planner, info.quantization, str(info.ep_size)), 1
 
 
-def _mode(engine: EngineState) -> Iterable[Sample]:
+def _mode(engine: ScrapedEngine) -> Iterable[Sample]:
     return (((str(mode),), int(engine.setting("mode") == mode)) for mode in Mode)
 
 
-def _setting(key: str) -> Callable[[EngineState], Iterable[Sample]]:
+def _setting(key: str) -> Callable[[ScrapedEngine], Iterable[Sample]]:
     return lambda engine: [((), float(engine.setting(key)))] if engine.setting(key) is not None else []
 
 
-def _last_apply_successful(engine: EngineState) -> Iterable[Sample]:
+def _last_apply_successful(engine: ScrapedEngine) -> Iterable[Sample]:
     yield (), int(not any(report.last_apply_error for report in engine.reports))
 
 
@@ -181,7 +181,7 @@ def _imbalance(group: GroupLoads) -> Iterable[Sample]:
     return (((stage,), Bucketed(histogram, IMBALANCE_BUCKETS)) for stage, histogram in pairs)
 
 
-def _phase_seconds(engine: EngineState) -> Iterable[Sample]:
+def _phase_seconds(engine: ScrapedEngine) -> Iterable[Sample]:
     phases = {phase: None for report in engine.reports for phase in report.phase_seconds}
     for phase in phases:
         histograms = [report.phase_seconds[phase] for report in engine.reports if phase in report.phase_seconds]
@@ -189,11 +189,11 @@ def _phase_seconds(engine: EngineState) -> Iterable[Sample]:
         yield (phase,), Bucketed(Histogram(counts, sum(histogram.sum for histogram in histograms)), SECONDS_BUCKETS)
 
 
-def _memory(field: str) -> Callable[[EngineState], Iterable[Sample]]:
+def _memory(field: str) -> Callable[[ScrapedEngine], Iterable[Sample]]:
     return lambda engine: (((str(report.rank),), getattr(report, field)) for report in engine.reports)
 
 
-def _errors(engine: EngineState) -> Iterable[Sample]:
+def _errors(engine: ScrapedEngine) -> Iterable[Sample]:
     totals: dict[tuple[str, ...], int] = {}
     for report in engine.reports:
         for name, count in report.errors.items():
@@ -204,7 +204,7 @@ def _errors(engine: EngineState) -> Iterable[Sample]:
     return totals.items()
 
 
-def _layer_imbalance(engine: EngineState) -> Iterable[Sample]:
+def _layer_imbalance(engine: ScrapedEngine) -> Iterable[Sample]:
     if engine.group is None:
         return
     steps, sums = engine.group.layer_steps_L.numpy(), engine.group.imbalance_sum_LS.numpy()
@@ -213,7 +213,7 @@ def _layer_imbalance(engine: EngineState) -> Iterable[Sample]:
             yield (str(layer), name), Observed(int(steps[index]), float(sums[index, stage]))
 
 
-def _layer_rank_computed(engine: EngineState) -> Iterable[Sample]:
+def _layer_rank_computed(engine: ScrapedEngine) -> Iterable[Sample]:
     if engine.group is None:
         return
     for layer, by_rank in zip(engine.info.layer_numbers, engine.group.computed_LR.numpy(), strict=True):

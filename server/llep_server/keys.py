@@ -5,7 +5,7 @@ skipped. `name` is what the audit trail shows; `scope` is read (look) or admin (
 characters without blanks, or `sha256:` and the 64 hex digits of its SHA-256, so that the file need not hold the key:
 
     # name    scope  key
-    grafana   read   sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae
+    grafana   read   sha256:601783805a05ad5e7e19ed8bdd2e868d297d22775a906820a1f973763467309c
     alice     admin  gQ1xkzv0mC3mX5cF8h2r
 """
 

@@ -22,9 +22,9 @@ from llep_server.families import (
     LEVELS,
     SCHEDULER_UP_HELP,
     SCHEDULER_UP_NAME,
-    EngineState,
     Level,
     Sample,
+    ScrapedEngine,
     add,
     hottest,
 )
@@ -100,11 +100,11 @@ class HotExperts:
     def __init__(self) -> None:
         self._baselines: dict[str, tuple[str, list[tuple[float, Counts]]]] = {}
 
-    def state_of(self, snapshot: EngineSnapshot, now_s: float) -> EngineState:
+    def state_of(self, snapshot: EngineSnapshot, now_s: float) -> ScrapedEngine:
         reports = [snapshot.reports[rank] for rank in sorted(snapshot.reports)]
         group = reports[0].group
         hot = self._ratios(snapshot.engine, reports[0].incarnation, group.routed_LE.numpy(), now_s) if group else []
-        return EngineState(snapshot=snapshot, reports=reports, hot_ratios=hot)
+        return ScrapedEngine(snapshot=snapshot, reports=reports, hot_ratios=hot)
 
     def forget_all_but(self, engines: Iterable[str]) -> None:
         kept = set(engines)
@@ -120,7 +120,7 @@ class HotExperts:
         return hottest(routed_LE - baselines[0][1], HOT_PLACES)
 
 
-def build(engines: Sequence[EngineState]) -> tuple[list[Metric], dict[str, int]]:
+def build(engines: Sequence[ScrapedEngine]) -> tuple[list[Metric], dict[str, int]]:
     """All families that have a sample, each engine within its metrics_max_series; and the levels dropped by engine."""
     metrics = {family.name: family.empty() for family in FAMILIES}
     dropped: dict[str, int] = {}
@@ -137,7 +137,7 @@ def build(engines: Sequence[EngineState]) -> tuple[list[Metric], dict[str, int]]
     return [metric for metric in metrics.values() if metric.samples], dropped
 
 
-def _samples_within_budget(engine: EngineState) -> tuple[dict[str, list[Sample]], Level, Level]:
+def _samples_within_budget(engine: ScrapedEngine) -> tuple[dict[str, list[Sample]], Level, Level]:
     """Samples by family, the level that fits metrics_max_series, and the level that metrics_level asks for."""
     defaults = Settings()
     wanted = LEVELS[MetricsLevel(engine.setting("metrics_level") or defaults.metrics_level)]
