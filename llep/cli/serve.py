@@ -86,16 +86,21 @@ def serve(
         _say("nothing to balance: give --enable-expert-parallel with --tensor-parallel-size or --data-parallel-size")
     name = flags.value("--served-model-name") or Path(model).name
     folder = Path(state_dir).expanduser()
+    refusal = folder / "logs" / f"refusal-{os.getpid()}.txt"
     environment = {
         **os.environ,
         "LLEP_STATE_DIR": str(folder),
         "LLEP_ENGINE": engine or name,
         "LLEP_SERVER_HOST": control_plane_host,
         "LLEP_SERVER_PORT": str(control_plane_port),
+        "LLEP_REFUSAL_FILE": str(refusal),
     }
     stack = _plan_stack(model, name, host, port, flags, folder, environment)
     urls = _Urls(f"http://{_reachable(host)}:{port}", f"http://{_reachable(control_plane_host)}:{control_plane_port}")
     code = _run(stack, name, urls)
+    if code and refusal.exists():
+        fail(refusal.read_text())
+    refusal.unlink(missing_ok=True)
     if code:
         raise typer.Exit(code)
 
@@ -220,7 +225,7 @@ def _wait_for(child: Child, url: str, timeout_s: float | None, stack: Stack) -> 
     while True:
         for needed in (child, stack.vllm):
             if needed.status is not None:
-                where = f": see {needed.log}" if needed.log else "; its last lines above say why"
+                where = f": see {needed.log}" if needed.log else "; what it printed above says why"
                 raise LlepError(f"{needed.name} ended with status {needed.status} before it was ready{where}")
         if deadline is not None and time.monotonic() > deadline:
             raise LlepError(f"{child.name} did not answer on {url} within {timeout_s:.0f} s: see {child.log}")

@@ -78,6 +78,7 @@ class Rank:
         self.layers: list[RankLayer] = []
         self._pools: dict[tuple[Any, ...], LendingPool] = {}
         self._window: LoadWindow | None = None
+        self._expected_layers = 0
         self._step_number = 0
         self._steps = {"prefill": 0, "decode": 0}
         self._current: RankStep | None = None
@@ -90,6 +91,10 @@ class Rank:
         self._incarnation = f"{int(seed):016x}"
 
     # -- at start ------------------------------------------------------------------------------------------------
+
+    def expect_layer(self) -> None:
+        """One more MoE layer was made; its weights are still to come."""
+        self._expected_layers += 1
 
     def add_layer(self, layer_name: str, routed_experts: Any) -> RankLayer:
         """Take in one layer whose weights are loaded and in their final form; every rank enters it, in layer order."""
@@ -107,6 +112,8 @@ class Rank:
             bytes_per_expert=bytes_per_expert(experts.weights),
         )
         self.layers.append(layer)
+        if len(self.layers) == self._expected_layers and self._window is None:
+            self._start_reporting()
         return layer
 
     def _pool_for(self, weights: Mapping[str, torch.Tensor]) -> LendingPool:
@@ -114,7 +121,10 @@ class Rank:
         shape = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in weights.items())
         if shape not in self._pools:
             settings = self._start_settings
-            pool = LendingPool.reserve(weights, settings.slots_per_rank, settings.memory_budget_bytes)
+            slots = settings.slots_per_rank
+            if self._sources["slots_per_rank"] == "default":
+                slots = min(slots, len(next(iter(weights.values()))))
+            pool = LendingPool.reserve(weights, slots, settings.memory_budget_bytes)
             self._pools[shape] = pool
             logger.info(
                 "llep: lending pool reserved: %d bytes per rank (%d slots of %d bytes), shared by all layers of this "
@@ -138,8 +148,9 @@ class Rank:
         home_rank = owned_RE.argmax(axis=0)
         return tuple(home_rank.tolist()), tuple(owned_RE.max(axis=0).tolist())
 
-    def start_reporting(self) -> None:
-        """Begin to report, once: called before the first step, when all layers are known."""
+    def _start_reporting(self) -> None:
+        """Begin to report: called once, when the weights of all layers are in place. A draft model's come later: they
+        are balanced like all others, but not counted."""
         first = self.layers[0]
         self._window = LoadWindow(
             num_layers=len(self.layers),
@@ -196,8 +207,6 @@ class Rank:
         return self._current
 
     def _agree_on_step(self, context: ForwardContext, num_tokens: int) -> RankStep:
-        if self._window is None:
-            self.start_reporting()
         self._step_number += 1
         real_tokens, is_prefill = tokens_of(context, num_tokens)
         is_dummy = real_tokens is None
@@ -246,7 +255,8 @@ class Rank:
                 decide_plan,
                 gate_on_input=layer.experts.gate_on_input,
             )
-        if step.is_real and step.settings.mode is not Mode.OFF:
+        is_counted = layer.index < len(self._info.layer_numbers)
+        if step.is_real and is_counted and step.settings.mode is not Mode.OFF:
             self._record(layer, step, result, time.perf_counter() - start)
         if rows == len(hidden_TH):
             return result.output_TH

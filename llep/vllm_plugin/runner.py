@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.platforms import current_platform
 
 from llep.config import Mode
-from llep.errors import UnsupportedConfiguration
+from llep.errors import LlepError, UnsupportedConfiguration
 from llep.vllm_plugin.rank import Rank, RankLayer, RankStep
 
 logger = logging.getLogger("vllm.llep")
@@ -69,7 +72,9 @@ class LeastLoadedMoERunner(MoERunner):  # type: ignore[misc]
         self._layer: RankLayer | None = None
         self._step: RankStep | None = None
         if self.moe_config.ep_size > 1:
-            self._rank = _join(get_current_vllm_config(), self)
+            with telling_refusals():
+                self._rank = _join(get_current_vllm_config(), self)
+                self._rank.expect_layer()
             ready = torch.nn.Module()
             ready.quant_method = _WeightsReady(self)
             self._llep_weights_ready = ready  # the last child: vLLM visits it after the experts
@@ -78,7 +83,8 @@ class LeastLoadedMoERunner(MoERunner):  # type: ignore[misc]
         """Reserve the pool and make ready to compute, once this layer's weights are in their final form."""
         assert self._rank is not None
         if self._layer is None:
-            self._layer = self._rank.add_layer(self.layer_name, self.routed_experts)
+            with telling_refusals():
+                self._layer = self._rank.add_layer(self.layer_name, self.routed_experts)
 
     def _select_forward(self) -> Callable[..., Any]:
         if self.moe_config.ep_size == 1:
@@ -153,6 +159,17 @@ class LeastLoadedMoERunner(MoERunner):  # type: ignore[misc]
         return self._shared_experts.output, routed_TH
 
 
+@contextmanager
+def telling_refusals() -> Iterator[None]:
+    """Keep what llep refuses where `llep serve` looks: between vLLM's tracebacks nobody would find it."""
+    try:
+        yield
+    except LlepError as error:
+        if path := os.environ.get("LLEP_REFUSAL_FILE"):
+            Path(path).write_text(error.message)
+        raise
+
+
 def put_in_place() -> None:
     """Register LeastLoadedMoERunner with vLLM, once. Raises UnsupportedConfiguration if vLLM's runner has changed."""
     for method, expected in _EXPECTED_PARAMETERS.items():
@@ -164,6 +181,11 @@ def put_in_place() -> None:
             )
     if "MoERunner" not in op_registry_oot:
         MoERunner.register_oot(name="MoERunner")(LeastLoadedMoERunner)
+
+
+def this_rank() -> Rank | None:
+    """This process's Rank; None before the first MoE layer was made, or without expert parallelism."""
+    return _rank
 
 
 def _join(config: VllmConfig, runner: LeastLoadedMoERunner) -> Rank:

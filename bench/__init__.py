@@ -1,0 +1,1 @@
+"""Measurements: one script per question, results as JSON lines under results/."""
