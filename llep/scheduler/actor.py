@@ -32,7 +32,7 @@ logger = logging.getLogger("llep.scheduler")
 
 TICK_S = 1.0
 REMEMBER_EVERY_S = 60.0
-HELD_GRACE_S = 1.0  # an idle engine holds a revision but runs no step under it: no use in waiting longer
+HELD_GRACE_S = 0.5  # an idle engine holds a revision but runs no step under it: no use in waiting longer
 REPEATED_EVENT_EVERY_S = 60.0
 MOST_REPEATED_KINDS = 1000
 LONGEST_POLL_S = 60.0
@@ -347,7 +347,8 @@ class Scheduler:
             states = {view.state for view in views}
             now_s = time.monotonic()
             if "held" in states and "sent" not in states:
-                deadline_s = min(deadline_s, now_s + HELD_GRACE_S)
+                interval_s = max(self._interval_s(engine) for engine in known.values())
+                deadline_s = min(deadline_s, now_s + interval_s + HELD_GRACE_S)
             if not states & {"sent", "held"} or now_s >= deadline_s:
                 return views
             await self._reported.wait(deadline_s - now_s)

@@ -94,6 +94,7 @@ class SchedulerClient:
         self._bridge: _Bridge | None = None
         self._problem = ""  # why there is no link; '' while there is one, or while the first is being made
         self._is_connected = asyncio.Event()
+        self._is_decided = asyncio.Event()  # either connected or a problem
         self._keeping: asyncio.Task[None] | None = None
 
     @property
@@ -138,10 +139,9 @@ class SchedulerClient:
         return self.is_connected
 
     async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout_s: float) -> Any:
-        if not self.is_connected and self._problem:
-            raise self._unreachable(self._problem)
-        await self._is_connected.wait()
-        assert self._bridge is not None
+        await self._is_decided.wait()
+        if not self.is_connected or self._bridge is None:
+            raise self._unreachable(self._problem or "the link was lost")
         try:
             answer = await self._bridge.ask([method, args, kwargs, timeout_s])
         except ConnectionError:
@@ -190,11 +190,13 @@ class SchedulerClient:
             logger.info("llep: connected to the scheduler through Ray at %s", self.address)
         self._problem = ""
         self._is_connected.set()
+        self._is_decided.set()
 
     def _lost(self, problem: str) -> None:
         self._is_connected.clear()
         if problem != self._problem:
             self._problem = problem
+            self._is_decided.set()
             logger.warning("llep: %s. Until then it is tried again and again", self._unreachable(problem).message)
 
 

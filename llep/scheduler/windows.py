@@ -153,6 +153,8 @@ class Windows:
         return changes
 
     def _take(self, known: Engine | None, report: Report, now_s: float, desired_interval_s: float) -> list[Change]:
+        if known is not None and known.reports.get(report.rank) == report:
+            return []  # an agent that lost its link says it all again
         if known is not None and report.incarnation in known.replaced:
             raise Refused(
                 Refusal.REPLACED,

@@ -131,6 +131,7 @@ class RunningEngine:
                 process.kill()
                 process.wait()
         self._status_file.unlink(missing_ok=True)
+        Path(self._socket).unlink(missing_ok=True)
 
     @property
     def _status_file(self) -> Path:

@@ -183,9 +183,10 @@ def run(workers: Workers, path: str, status: Path) -> None:
     next_report_s = next_hello_s = 0.0
     parent = os.getppid()
     while os.getppid() == parent:
+        live_revision = workers.live_revision
         workers.step()
-        wants_report = [_receive(workers, socket) for socket in sockets]
-        if time.monotonic() >= next_report_s or any(wants_report):
+        is_asked = any([_receive(workers, socket) for socket in sockets])
+        if time.monotonic() >= next_report_s or is_asked or workers.live_revision > live_revision:
             next_report_s = time.monotonic() + workers.live.report_interval_s
             for socket, report in zip(sockets, workers.reports(), strict=True):
                 _send(socket, encode(report))

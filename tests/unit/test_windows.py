@@ -160,6 +160,18 @@ def test_a_refused_directive_is_an_event_once() -> None:
     assert windows.engines["tiny"].last_apply_error == "slots_per_rank can't change"
 
 
+def test_a_doubled_report_does_no_harm() -> None:
+    windows, workers = Windows(), Workers()
+    run(windows, workers, 0, 3)
+    workers.step()
+    reports = workers.reports()
+    for now_s in (3.0, 4.0):
+        for report in reports:
+            assert windows.take(decode(encode(report)), now_s) == []
+    engine = windows.engines["tiny"]
+    assert engine.refused == {} and engine.last_seen_s == 3.0 and len(engine.snapshots) == 4
+
+
 Spoil = Callable[[Report], Report]
 
 
@@ -197,7 +209,7 @@ def bogus(name: str, **changes: Any) -> Spoil:
 
 REFUSED = {
     "protocol": (of_report(protocol=2), Refusal.PROTOCOL),
-    "same seq": (of_report(seq=1), Refusal.ORDER),
+    "same seq": (of_report(seq=3), Refusal.ORDER),
     "older seq": (of_report(seq=-5), Refusal.ORDER),
     "no such rank": (of_report(rank=7, group=None), Refusal.RANK),
     "negative rank": (of_report(rank=-1, group=None), Refusal.RANK),
