@@ -92,6 +92,18 @@ def generate_steps(
     _check_range("num_ranks", num_ranks, 1, shape.num_experts)
     _check_range("tokens_per_rank", tokens_per_rank, 0, 2**32)
     _check_range("steps", steps, 1, 2**62)
+    return _steps(workload, shape, num_ranks, tokens_per_rank, steps, seed, phase)
+
+
+def _steps(
+    workload: Workload,
+    shape: ModelShape,
+    num_ranks: int,
+    tokens_per_rank: int,
+    steps: int,
+    seed: int,
+    phase: str,
+) -> Iterator[StepCounts]:
     rng = np.random.default_rng([seed, 0])
     popularities = [
         _popularities(workload, shape.num_experts, num_ranks, np.random.default_rng([seed, 1, layer]))

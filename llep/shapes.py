@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -102,18 +101,3 @@ def split_sources(counts_RE: npt.NDArray[np.int64], num_ranks: int) -> npt.NDArr
     turn = (np.arange(parts)[:, None] - np.arange(num_experts)) % parts
     split_RE: npt.NDArray[np.int64] = (share + (turn < rest)).reshape(num_ranks, num_experts)
     return split_RE
-
-
-def window_loads(steps: Iterator[StepCounts], size: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Loads of experts [layers, experts] summed over windows of `size` steps; the last window may be shorter."""
-    total: npt.NDArray[np.int64] | None = None
-    seen = 0
-    for step in steps:
-        loads_LE = step.counts_LRE.sum(axis=1)
-        total = loads_LE if total is None else total + loads_LE
-        seen += 1
-        if seen == size:
-            yield total
-            total, seen = None, 0
-    if total is not None:
-        yield total
