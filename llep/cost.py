@@ -95,6 +95,22 @@ class CostModel:
         slopes = np.diff(self.curve_s) / np.diff(self.curve_tokens)
         return np.append(slopes, slopes[-1])
 
+    @cached_property
+    def least_token_s(self) -> float:
+        """Seconds per token where the curve is at its best: no load can be worked off faster."""
+        return min(float(self.curve_slopes[-1]), *(seconds / tokens for tokens, seconds in self.gemm_curve))
+
+    @cached_property
+    def figures(self) -> npt.NDArray[np.float64]:
+        """Launch, node latency and rate, network latency and rate, overlap, planning, least_token_s: for native.py."""
+        links = (self.node_link.latency_s, self.node_link.bytes_per_s)
+        links += (self.network_link.latency_s, self.network_link.bytes_per_s)
+        return np.array([self.gemm_launch_s, *links, self.overlap_ratio, self.plan_s, self.least_token_s])
+
+    def scale(self, bytes_per_expert: int) -> float:
+        """What the curve is multiplied with for an expert of that size; 0 is the curve's own."""
+        return (bytes_per_expert or self.expert_bytes) / self.expert_bytes
+
     def expert_s(self, tokens: int, bytes_per_expert: int = 0) -> float:
         """Seconds of one expert's work on a rank, without the launch; bytes_per_expert 0 is the curve's own."""
         if tokens <= 0:
@@ -103,8 +119,7 @@ class CostModel:
         while index + 1 < len(points) and points[index + 1][0] <= tokens:
             index += 1
         start, seconds = points[index]
-        scale = (bytes_per_expert or self.expert_bytes) / self.expert_bytes
-        return (seconds + float(self.curve_slopes[index]) * max(tokens - start, 0)) * scale
+        return (seconds + float(self.curve_slopes[index]) * max(tokens - start, 0)) * self.scale(bytes_per_expert)
 
     def dump(self, path: Path) -> None:
         """Write the file that `load` reads."""

@@ -5,9 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+
+class PlacementArrays(NamedTuple):
+    """A placement as int64 arrays. Instances are copies of experts: 0..E-1 the home ones, then the replicas in order.
+
+    rank_instances[rank_starts[r] : rank_starts[r + 1]] are those on rank r; replicas of expert e are the instances
+    E + replica_starts[e] up to E + replica_starts[e + 1].
+    """
+
+    slots_R: npt.NDArray[np.int64]
+    instance_expert_I: npt.NDArray[np.int64]
+    instance_rank_I: npt.NDArray[np.int64]
+    rank_starts: npt.NDArray[np.int64]
+    rank_instances: npt.NDArray[np.int64]
+    replica_starts: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,8 @@ class Placement:
     def __post_init__(self) -> None:
         if not self.free_slots:
             raise ValueError("free_slots must have one entry per rank, got none: an EP group has at least 1 rank")
+        if not self.home_rank:
+            raise ValueError("home_rank must have one entry per expert, got none")
         for rank, slots in enumerate(self.free_slots):
             if not 0 <= slots <= self.num_experts:
                 raise ValueError(f"free_slots must be in 0..{self.num_experts} (experts), got {slots} for rank {rank}")
@@ -58,6 +76,20 @@ class Placement:
         return np.array(self.home_rank, dtype=np.int64)
 
     @cached_property
+    def arrays(self) -> PlacementArrays:
+        """What the compiled planners read; made once per placement."""
+        instances = [*enumerate(self.home_rank), *self.replicas]
+        experts_I, ranks_I = (np.array(column, dtype=np.int64) for column in zip(*instances, strict=True))
+        return PlacementArrays(
+            slots_R=np.array(self.free_slots, dtype=np.int64),
+            instance_expert_I=experts_I,
+            instance_rank_I=ranks_I,
+            rank_starts=_starts(ranks_I, self.ep_size),
+            rank_instances=np.argsort(ranks_I, kind="stable").astype(np.int64),
+            replica_starts=_starts(experts_I[self.num_experts :], self.num_experts),
+        )
+
+    @cached_property
     def holders(self) -> tuple[tuple[int, ...], ...]:
         """Ranks that have each expert's weights across steps: home first, then replicas by rank."""
         ranks = [[home] for home in self.home_rank]
@@ -72,3 +104,8 @@ class Placement:
         sizes = [base + (rank < extra) for rank in range(ep_size)]
         slots = (slots_per_rank,) * ep_size if isinstance(slots_per_rank, int) else tuple(slots_per_rank)
         return cls(tuple(rank for rank, size in enumerate(sizes) for _ in range(size)), slots)
+
+
+def _starts(keys: npt.NDArray[np.int64], num_keys: int) -> npt.NDArray[np.int64]:
+    """Where each key's run starts among the sorted keys, and where the last ends."""
+    return np.concatenate(([0], np.cumsum(np.bincount(keys, minlength=num_keys)))).astype(np.int64)

@@ -32,6 +32,8 @@ def plan_least_loaded(tokens_per_expert: Sequence[int], placement: Placement, op
     if imbalance_ratio(plain) < options.imbalance_threshold or not any(tokens_per_expert):
         return plan_home(tokens_per_expert, placement, Decision.BALANCED)
     assignment = _Assignment(tokens_per_expert, plain, placement, options)
+    if max(plain) <= assignment.capacity:
+        return plan_home(tokens_per_expert, placement, Decision.BALANCED)
     for expert in sorted(range(len(tokens_per_expert)), key=lambda e: -tokens_per_expert[e]):
         assignment.assign(expert)
     if all(s.rank == placement.home_rank[s.expert] for s in assignment.segments):

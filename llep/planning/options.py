@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from llep.placement import Placement
 from llep.plan import Decision
@@ -16,7 +20,7 @@ if TYPE_CHECKING:
 NO_LIMIT = 1 << 62
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """Limits and thresholds of one plan; the first three are the paper's lambda, alpha, m. ValueError when invalid."""
 
@@ -49,6 +53,11 @@ class PlanOptions:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+    @cached_property
+    def free_bytes_R(self) -> npt.NDArray[np.int64]:
+        """free_bytes as an array, empty without; made once per options."""
+        return np.array(self.free_bytes or (), dtype=np.int64)
 
 
 def lend_slots(placement: Placement, options: PlanOptions) -> list[int]:

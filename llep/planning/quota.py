@@ -20,12 +20,16 @@ from llep.plan import Decision, Plan, Segment, node_of, relay
 from llep.planning.home import plan_home
 from llep.planning.options import PlanOptions, lend_slots, max_lends, refusal
 
-# The target load is 1% above the mean: the last percent would cost as many lends as the rest.
-TOLERANCE = 100
+# Per mille of the mean load by which the target is above it. Where little is to be won, the last percents would cost as
+# many lends as the rest: 50 up to an imbalance ratio of 1.3, falling to 10 at 1.5.
+TIGHT, LOOSE = 10, 50
+LOOSE_RATIO, TIGHT_RATIO = 1.3, 1.5
 # The search for a reachable load ends when its bounds are within 1/128 of the target.
 SEARCH_STEP = 128
 # Rounds of levelling over resident replicas: load moves one replica further in each.
 LEVEL_ROUNDS = 8
+# With costs, higher loads are tried too, these 16ths of the way back to the load before, while they can be faster.
+RUNGS = (1, 2, 4, 8, 12)
 
 Shares = list[dict[int, int]]  # by expert: tokens by rank
 
@@ -56,34 +60,43 @@ def plan_quota(counts_RE: npt.NDArray[np.int64], placement: Placement, options: 
     """A plan, or plain EP with the reason.
 
     Tokens are first split over resident replicas, which takes no transfer. Then the most loaded rank lends its largest
-    expert, again and again, until no rank is above the target: 1% over the mean load, or alpha times it. If slots
-    don't allow that, the lowest load they allow is searched for. Among attempts that reach the same load the one with
-    the fewest lends wins, then the one with the fewest across nodes. With a cost model the attempt with the shortest
-    predicted time wins, and only if that is below plain EP's. In a decode step without a cost model nothing is lent.
-    Ties break by lowest index.
+    expert, again and again, until no rank is above the target: 1% over the mean load (5% where the imbalance is small,
+    unless chunks may be of 1 token), or alpha times it. If slots don't allow that, the lowest load they allow is
+    searched for. Among attempts that reach the same load the one with the fewest lends wins, then the one with the
+    fewest across nodes. With a cost model the attempt with the shortest predicted time wins, and only if that is below
+    plain EP's. In a decode step without a cost model nothing is lent. Ties break by lowest index.
     """
     tokens_E: list[int] = counts_RE.sum(axis=0).tolist()
     plain = home_loads(tokens_E, placement.home_rank, placement.ep_size)
     if not any(plain) or imbalance_ratio(plain) < options.imbalance_threshold:
         return plan_home(tokens_E, placement, Decision.BALANCED)
-    target = target_load(sum(plain), len(plain), options.capacity_factor)
+    target = target_load(plain, options)
+    if max(plain) <= target:
+        return plan_home(tokens_E, placement, Decision.BALANCED)
     shares, loads = level_over_replicas(tokens_E, plain, placement, target)
     task = Task(loads, shares, lend_slots(placement, options), max_lends(options), placement, options)
-    attempts = [Attempt(loads, shares, [], 0)]
-    if options.phase == "prefill" or options.cost_model is not None:
-        attempts += search(task, target)
-    best, gain_s = choose(attempts, tokens_E, plain, target, placement, options)
-    if best is None:
-        refused = refusal(plain, placement, options) if options.phase == "prefill" else Decision.NO_GAIN
-        return plan_home(tokens_E, placement, refused)
+    free = Attempt(loads, shares, [], 0)
+    if options.cost_model is not None:
+        home: Shares = [{rank: tokens} for rank, tokens in zip(placement.home_rank, tokens_E, strict=True)]
+        best, gain_s = cheapest(task, target, free, Attempt(plain, home, [], 0))
+    else:
+        best, gain_s = free if options.phase == "decode" else fewest([free, *search(task, target)], target), 0.0
+    if max(best.loads) >= max(plain):
+        is_asked = options.phase == "prefill" or options.cost_model is not None
+        return plan_home(tokens_E, placement, refusal(plain, placement, options) if is_asked else Decision.NO_GAIN)
     decision = Decision.LEND if best.lends else Decision.REPLICA
     segments = cut(counts_RE, best.shares, options.ranks_per_node)
     return Plan(decision, placement, segments, ranks_per_node=options.ranks_per_node, predicted_gain_s=gain_s)
 
 
-def target_load(total: int, ep_size: int, capacity_factor: float) -> int:
-    """The load no rank should exceed: alpha times the mean, and at least 1% above it."""
-    return max(math.ceil(capacity_factor * total / ep_size), total * (TOLERANCE + 1) // (TOLERANCE * ep_size))
+def target_load(plain: Sequence[int], options: PlanOptions) -> int:
+    """The load no rank should exceed: alpha times the mean, and at least the tolerance above it."""
+    total, ep_size = sum(plain), len(plain)
+    permille = TIGHT
+    if options.min_chunk_tokens > 1:
+        share = (TIGHT_RATIO - imbalance_ratio(plain)) / (TIGHT_RATIO - LOOSE_RATIO)
+        permille += int((LOOSE - TIGHT) * min(max(share, 0.0), 1.0))
+    return max(math.ceil(options.capacity_factor * total / ep_size), total * (1000 + permille) // (1000 * ep_size))
 
 
 # -- resident replicas ---------------------------------------------------------------------------------------------
@@ -142,7 +155,7 @@ class Way(IntEnum):
 
 
 def search(task: Task, target: int) -> list[Attempt]:
-    """Attempts to compare: at the target, else at the lowest load that is reached; and higher ones if costs count."""
+    """Attempts at the target, else at the lowest load that is reached; with nodes, one that stays in them if it can."""
     attempts = _attempts_at(task, target)
     low, high = target, min(max(attempt.loads) for attempt in attempts)
     while high > target and high - low > max(1, target // SEARCH_STEP):
@@ -153,14 +166,15 @@ def search(task: Task, target: int) -> list[Attempt]:
         high = min(high, reached)
         if reached > middle:
             low = middle
-    high = max(high, target)
-    has_nodes = (task.options.ranks_per_node or task.placement.ep_size) < task.placement.ep_size
-    if has_nodes and task.options.lend_scope == "any":
-        attempts.append(relieve(task, high, Way.FIT, in_node_first=True))
-    if task.options.cost_model is not None:
-        worst = max(task.loads)
-        attempts += [relieve(task, high + (worst - high) // part, Way.FIT, in_node_first=has_nodes) for part in (8, 3)]
+    if has_far_helpers(task):
+        attempts.append(relieve(task, max(high, target), Way.FIT, in_node_first=True))
     return attempts
+
+
+def has_far_helpers(task: Task) -> bool:
+    """Whether weights may be lent across nodes."""
+    ep_size = task.placement.ep_size
+    return task.options.lend_scope == "any" and (task.options.ranks_per_node or ep_size) < ep_size
 
 
 def _attempts_at(task: Task, target: int) -> list[Attempt]:
@@ -272,39 +286,54 @@ def pick(rooms: Sequence[int], amount: int) -> int:
 # -- the choice ----------------------------------------------------------------------------------------------------
 
 
-def choose(
-    attempts: Sequence[Attempt],
-    tokens_E: Sequence[int],
-    plain: Sequence[int],
-    target: int,
-    placement: Placement,
-    options: PlanOptions,
-) -> tuple[Attempt | None, float]:
-    """The best attempt and the seconds it should save (0 without a cost model); None if plain EP is as good."""
-    better = [attempt for attempt in attempts if max(attempt.loads) < max(plain)]
-    if not better:
-        return None, 0.0
-    if options.cost_model is None:
-        lowest = min(max(attempt.loads) for attempt in better)
-        reached = max(target, lowest + lowest // SEARCH_STEP)
-        good = [attempt for attempt in better if max(attempt.loads) <= reached]
-        return min(good, key=lambda attempt: (len(attempt.lends), attempt.network_lends, max(attempt.loads))), 0.0
-    home: Shares = [{rank: tokens} for rank, tokens in zip(placement.home_rank, tokens_E, strict=True)]
-    plain_s = _predicted_s(Attempt(list(plain), home, [], 0), placement, options)
-    seconds = [_predicted_s(attempt, placement, options) + options.cost_model.plan_s for attempt in better]
-    shortest = min(seconds)
-    return (better[seconds.index(shortest)], plain_s - shortest) if shortest < plain_s else (None, 0.0)
+def fewest(attempts: Sequence[Attempt], target: int) -> Attempt:
+    """The attempt with the fewest lends among those that reach the target, or nearly the lowest load of all."""
+    lowest = min(max(attempt.loads) for attempt in attempts)
+    reached = max(target, lowest + lowest // SEARCH_STEP)
+    good = [attempt for attempt in attempts if max(attempt.loads) <= reached]
+    return min(good, key=lambda attempt: (len(attempt.lends), attempt.network_lends, max(attempt.loads)))
 
 
-def _predicted_s(attempt: Attempt, placement: Placement, options: PlanOptions) -> float:
-    assert options.cost_model is not None
+def cheapest(task: Task, target: int, free: Attempt, plain: Attempt) -> tuple[Attempt, float]:
+    """The attempt with the shortest predicted time and the seconds it saves: plain EP and 0 unless it pays."""
+    model = task.options.cost_model
+    assert model is not None
+    plain_s = best_s = predicted_s(plain, task)
+    best = plain
+
+    def consider(attempt: Attempt) -> None:
+        nonlocal best, best_s
+        seconds = predicted_s(attempt, task) + model.plan_s
+        if seconds < best_s and max(attempt.loads) < max(plain.loads):
+            best, best_s = attempt, seconds
+
+    consider(free)
+    attempts = [free, *search(task, target)]
+    lowest = fewest(attempts, target)
+    consider(lowest)
+    is_far = has_far_helpers(task)
+    if is_far and lowest is not attempts[-1]:
+        consider(attempts[-1])
+    reached, worst = max(lowest.loads), max(task.loads)
+    token_s = model.least_token_s * model.scale(task.options.bytes_per_expert)
+    for rung in RUNGS:
+        level = reached + (worst - reached) * rung // 16
+        if level * token_s >= best_s:
+            break
+        consider(relieve(task, level, Way.FIT, in_node_first=is_far))
+    return best, plain_s - best_s
+
+
+def predicted_s(attempt: Attempt, task: Task) -> float:
+    """Seconds of the layer under this attempt, without planning."""
+    assert task.options.cost_model is not None
     receivers: dict[int, list[int]] = {}
     for expert, rank in sorted(attempt.lends):
         receivers.setdefault(expert, []).append(rank)
-    hops = relay(receivers, placement, options.ranks_per_node)
-    size = len(attempt.loads)
-    model, per_expert = options.cost_model, options.bytes_per_expert
-    return layer_s(attempt.shares, placement.holders, hops, size, options.ranks_per_node, model, per_expert)
+    placement, per_node = task.placement, task.options.ranks_per_node
+    hops = relay(receivers, placement, per_node)
+    model, per_expert = task.options.cost_model, task.options.bytes_per_expert
+    return layer_s(attempt.shares, placement.holders, hops, placement.ep_size, per_node, model, per_expert)
 
 
 # -- segments ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,966 @@
+"""The compiled twin of `quota.py`: the same plans, bit for bit, in microseconds. quota.py says what it does and why.
+
+Arrays go in, one array of segments comes out; no Python object is made inside, and working memory is bounded by ranks,
+experts and slots. `warm_up` compiles, or loads the machine code that an earlier start left on disk.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from llep.cost import CostModel
+from llep.placement import Placement
+from llep.plan import RELAY_FAN_OUT, Decision, Plan
+from llep.planning.options import PlanOptions, max_lends
+from llep.planning.quota import LEVEL_ROUNDS, LOOSE, LOOSE_RATIO, RUNGS, SEARCH_STEP, TIGHT, TIGHT_RATIO, Way
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+F = TypeVar("F", bound=Callable[..., Any])
+
+FIT, REFILL, SCARCE = int(Way.FIT), int(Way.REFILL), int(Way.SCARCE)
+DECISIONS = tuple(Decision)
+LEND, REPLICA, BALANCED = (DECISIONS.index(d) for d in (Decision.LEND, Decision.REPLICA, Decision.BALANCED))
+NO_GAIN, NO_SLOT, MEMORY = (DECISIONS.index(d) for d in (Decision.NO_GAIN, Decision.NO_SLOT, Decision.MEMORY))
+NEGATIVE = -1  # in place of a decision: a count is below 0
+MAX_ATTEMPTS = 192  # the search halves an interval of at most 2^62, with up to 3 attempts each time
+RUNGS_16 = np.array(RUNGS, dtype=np.int64)
+NO_INTS = np.zeros(0, dtype=np.int64)
+NO_FLOATS = np.zeros(0, dtype=np.float64)
+
+
+class Tables(NamedTuple):
+    """See llep.placement.PlacementArrays."""
+
+    instance_expert_I: Ints
+    instance_rank_I: Ints
+    rank_starts: Ints
+    rank_instances: Ints
+    replica_starts: Ints
+
+
+class Limits(NamedTuple):
+    chunk: int
+    most_lends: int
+    ranks_per_node: int
+    is_node_scope: bool
+
+
+class Costs(NamedTuple):
+    """figures: launch, node latency and rate, network latency and rate, overlap, planning, least_token_s.
+
+    start_s_I: seconds of each instance's work as attempts start.
+    """
+
+    curve_tokens: Ints
+    curve_s: Floats
+    slopes: Floats
+    figures: Floats
+    start_s_I: Floats
+    scale: float
+    size_bytes: int
+
+
+class Start(NamedTuple):
+    """What every attempt starts from; by_load: ranks by increasing load."""
+
+    loads: Ints
+    slots: Ints
+    tokens_I: Ints
+    by_load: Ints
+
+
+class State(NamedTuple):
+    """What the last attempt did, and room to work in.
+
+    lends_4N rows: expert, dst_rank, tokens, the lend of the same expert before it (-1: none; first_lend_E[e] is the
+    newest). hops_3N rows: round, src_rank, dst_rank.
+    """
+
+    loads: Ints
+    slots: Ints
+    tokens_I: Ints
+    first_lend_E: Ints
+    lends_4N: Ints
+    hops_3N: Ints
+    times_3R: Floats
+    work_4R: Ints
+    busy_4R: Ints
+    no_keys_R: Ints  # zeros: to sort by rank alone
+
+
+def _set_cache_folder() -> None:
+    """Numba caches beside the source or in the user's cache; where neither can be written, use the temporary folder."""
+    beside, home = Path(__file__).parent, Path.home()
+    if not (numba.config.CACHE_DIR or os.access(beside, os.W_OK) or os.access(home, os.W_OK)):
+        numba.config.CACHE_DIR = str(Path(tempfile.gettempdir()) / f"llep-numba-{os.getuid()}")
+
+
+_set_cache_folder()
+
+
+def compiled(function: F) -> F:
+    return cast(F, numba.njit(cache=True)(function))
+
+
+# -- small parts ---------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _sum_counts(counts_RE: Ints, tokens_E: Ints) -> bool:
+    """Fill tokens_E with the sums over ranks; whether all counts are >= 0."""
+    sign = 0
+    tokens_E[:] = 0
+    for rank in range(counts_RE.shape[0]):
+        for expert in range(counts_RE.shape[1]):
+            count = counts_RE[rank, expert]
+            tokens_E[expert] += count
+            sign |= count
+    return sign >= 0
+
+
+@compiled
+def _sort_by(keys: Ints, items: Ints, size: int) -> None:
+    """Sort items[:size] in place by increasing keys[item], then item (shell sort)."""
+    for gap in (57, 23, 10, 4, 1):
+        for index in range(gap, size):
+            item = items[index]
+            key = keys[item]
+            place = index
+            while place >= gap:
+                before = items[place - gap]
+                if keys[before] < key or (keys[before] == key and before < item):
+                    break
+                items[place] = before
+                place -= gap
+            items[place] = item
+
+
+@compiled
+def _insert(keys: Ints, items: Ints, size: int, item: int) -> int:
+    """Insert into items[:size], sorted by keys[item], then item. The new size."""
+    place = size
+    key = keys[item]
+    while place > 0:
+        before = items[place - 1]
+        if keys[before] < key or (keys[before] == key and before < item):
+            break
+        items[place] = before
+        place -= 1
+    items[place] = item
+    return size + 1
+
+
+@compiled
+def _remove(items: Ints, size: int, item: int) -> int:
+    """Remove from items[:size], keeping the order. The new size."""
+    place = 0
+    while items[place] != item:
+        place += 1
+    for index in range(place, size - 1):
+        items[index] = items[index + 1]
+    return size - 1
+
+
+@compiled
+def _target(total: int, worst: int, ep_size: int, capacity_factor: float, chunk: int) -> int:
+    permille = TIGHT
+    if chunk > 1:
+        share = (TIGHT_RATIO - worst * ep_size / total) / (TIGHT_RATIO - LOOSE_RATIO)
+        permille += int((LOOSE - TIGHT) * min(max(share, 0.0), 1.0))
+    return max(int(np.ceil(capacity_factor * total / ep_size)), total * (1000 + permille) // (1000 * ep_size))
+
+
+@compiled
+def _replicas(expert: int, tables: Tables) -> tuple[int, int]:
+    """The expert's replicas are the instances first to last - 1."""
+    num_experts = len(tables.replica_starts) - 1
+    return num_experts + tables.replica_starts[expert], num_experts + tables.replica_starts[expert + 1]
+
+
+@compiled
+def _level(expert: int, tokens_I: Ints, loads: Ints, tables: Tables, order: Ints, below: Ints) -> bool:
+    first, last = _replicas(expert, tables)
+    size = 0
+    poured = 0
+    for index in range(first - 1, last):
+        instance = expert if index < first else index
+        rank = tables.instance_rank_I[instance]
+        below[rank] = loads[rank] - tokens_I[instance]
+        poured += tokens_I[instance]
+        size = _insert(below, order, size, rank)
+    filled = 0
+    while True:
+        poured += below[order[filled]]
+        filled += 1
+        if filled == size or poured <= below[order[filled]] * filled:
+            break
+    height, extra = poured // filled, poured % filled
+    is_changed = False
+    for index in range(first - 1, last):
+        instance = expert if index < first else index
+        rank = tables.instance_rank_I[instance]
+        place = 0
+        while order[place] != rank:
+            place += 1
+        count = height + (1 if place < extra else 0) - below[rank] if place < filled else 0
+        is_changed |= count != tokens_I[instance]
+        tokens_I[instance] = count
+        loads[rank] = below[rank] + count
+    return is_changed
+
+
+@compiled
+def _level_over_replicas(tokens_I: Ints, loads: Ints, tables: Tables, target: int, order: Ints, below: Ints) -> None:
+    for _ in range(LEVEL_ROUNDS):
+        is_changed = False
+        for expert in range(len(tables.replica_starts) - 1):
+            first, last = _replicas(expert, tables)
+            if first == last:
+                continue
+            tokens = tokens_I[expert]
+            worst = loads[tables.instance_rank_I[expert]]
+            for instance in range(first, last):
+                tokens += tokens_I[instance]
+                worst = max(worst, loads[tables.instance_rank_I[instance]])
+            if tokens and worst > target:
+                is_changed |= _level(expert, tokens_I, loads, tables, order, below)
+        if not is_changed:
+            break
+
+
+# -- lends ---------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _pick(helpers: Ints, size: int, loads: Ints, target: int, amount: int) -> int:
+    limit = target - amount  # a helper fits if its load is at most this
+    low, high = 0, size
+    while low < high:
+        middle = (low + high) // 2
+        if loads[helpers[middle]] <= limit:
+            low = middle + 1
+        else:
+            high = middle
+    if low:
+        index = low - 1
+        while index and loads[helpers[index - 1]] == loads[helpers[low - 1]]:
+            index -= 1
+        return index
+    large, small = 0, size - 1
+    best, least = 0, -1
+    while large < small:
+        spare = 2 * target - loads[helpers[large]] - loads[helpers[small]] - amount
+        if spare < 0:
+            small -= 1
+            continue
+        if least < 0 or spare < least:
+            best, least = large, spare
+        large += 1
+    return best
+
+
+@compiled
+def _scarcest(helpers: Ints, size: int, loads: Ints, slots: Ints, target: int, amount: int) -> int:
+    best = -1
+    for index in range(size):
+        rank = helpers[index]
+        if target - loads[rank] <= amount:
+            if best < 0 or slots[rank] < slots[best] or (slots[rank] == slots[best] and loads[rank] < loads[best]):
+                best = rank
+    if best >= 0:
+        return best
+    for index in range(size):
+        rank = helpers[index]
+        if best < 0 or slots[rank] > slots[best] or (slots[rank] == slots[best] and loads[rank] > loads[best]):
+            best = rank
+    return best
+
+
+@compiled
+def _next_src(way: int, over: Ints, num_over: int, loads: Ints, slots: Ints) -> int:
+    """Index in `over` of the rank to relieve next: the most loaded, with REFILL first among those with a slot."""
+    best = 0
+    for index in range(1, num_over):
+        rank, best_rank = over[index], over[best]
+        has_slot = way == REFILL and slots[rank] > 0
+        best_has_slot = way == REFILL and slots[best_rank] > 0
+        if has_slot != best_has_slot:
+            is_better = has_slot
+        else:
+            is_better = loads[rank] > loads[best_rank] or (loads[rank] == loads[best_rank] and rank < best_rank)
+        if is_better:
+            best = index
+    return best
+
+
+@compiled
+def _next_instance(src: int, last: int, tokens_I: Ints, tables: Tables) -> int:
+    """The largest expert of src, lowest index first, that comes after instance `last` (-1: the first); -1 if none."""
+    best = -1
+    for index in range(tables.rank_starts[src], tables.rank_starts[src + 1]):
+        instance = tables.rank_instances[index]
+        if last >= 0 and not _is_larger(last, instance, tokens_I, tables):
+            continue
+        if best < 0 or _is_larger(instance, best, tokens_I, tables):
+            best = instance
+    return best
+
+
+@compiled
+def _is_larger(one: int, other: int, tokens_I: Ints, tables: Tables) -> bool:
+    if tokens_I[one] != tokens_I[other]:
+        return bool(tokens_I[one] > tokens_I[other])
+    return bool(tables.instance_expert_I[one] < tables.instance_expert_I[other])
+
+
+@compiled
+def _mark_holders(expert: int, mark: int, marks_R: Ints, state: State, tables: Tables) -> None:
+    """Set marks_R[rank] = mark for every rank that has the expert's weights, also by a lend."""
+    marks_R[tables.instance_rank_I[expert]] = mark
+    first, last = _replicas(expert, tables)
+    for instance in range(first, last):
+        marks_R[tables.instance_rank_I[instance]] = mark
+    lend = state.first_lend_E[expert]
+    while lend >= 0:
+        marks_R[state.lends_4N[1, lend]] = mark
+        lend = state.lends_4N[3, lend]
+
+
+@compiled
+def _relieve(
+    target: int, way: int, in_node_first: bool, start: Start, limits: Limits, tables: Tables, state: State
+) -> tuple[int, int, int]:
+    """One attempt: (maximum load, lends, lends across nodes); what it did is in `state`."""
+    loads, slots, tokens_I, chunk = state.loads, state.slots, state.tokens_I, limits.chunk
+    loads[:] = start.loads
+    slots[:] = start.slots
+    tokens_I[:] = start.tokens_I
+    state.first_lend_E[:] = -1
+    helpers, over, candidates, marks_R = state.work_4R[0], state.work_4R[1], state.work_4R[2], state.work_4R[3]
+    marks_R[:] = -1
+    num_helpers = num_over = num_lends = network_lends = mark = 0
+    for rank in start.by_load:
+        if loads[rank] > target:
+            over[num_over] = rank
+            num_over += 1
+        elif slots[rank] and target - loads[rank] >= chunk:
+            helpers[num_helpers] = rank
+            num_helpers += 1
+    while num_over and num_lends < limits.most_lends:
+        src_index = _next_src(way, over, num_over, loads, slots)
+        src = over[src_index]
+        node = src // limits.ranks_per_node
+        is_near_only = limits.is_node_scope
+        if in_node_first:
+            for index in range(num_helpers):
+                is_near_only |= helpers[index] // limits.ranks_per_node == node
+        instance = size = 0
+        last = -1
+        while size == 0:
+            instance = _next_instance(src, last, tokens_I, tables)
+            if instance < 0 or tokens_I[instance] < chunk:
+                break
+            _mark_holders(tables.instance_expert_I[instance], mark, marks_R, state, tables)
+            for index in range(num_helpers):
+                rank = helpers[index]
+                if marks_R[rank] != mark and (not is_near_only or rank // limits.ranks_per_node == node):
+                    candidates[size] = rank
+                    size += 1
+            mark += 1
+            last = instance
+        if size == 0:
+            break
+        expert, amount = tables.instance_expert_I[instance], tokens_I[instance]
+        if way == FIT or slots[src] == 0:
+            amount = min(max(loads[src] - target, chunk), amount)
+        if way == FIT:
+            dst = candidates[_pick(candidates, size, loads, target, amount)]
+        elif way == REFILL:
+            dst = candidates[0]
+        else:
+            dst = _scarcest(candidates, size, loads, slots, target, amount)
+        count = min(amount, target - loads[dst])
+        state.lends_4N[0, num_lends] = expert
+        state.lends_4N[1, num_lends] = dst
+        state.lends_4N[2, num_lends] = count
+        state.lends_4N[3, num_lends] = state.first_lend_E[expert]
+        state.first_lend_E[expert] = num_lends
+        num_lends += 1
+        network_lends += 1 if dst // limits.ranks_per_node != node else 0
+        tokens_I[instance] -= count
+        num_helpers = _remove(helpers, num_helpers, dst)
+        loads[dst] += count
+        slots[dst] -= 1
+        if slots[dst] and target - loads[dst] >= chunk:
+            num_helpers = _insert(loads, helpers, num_helpers, dst)
+        loads[src] -= count
+        if loads[src] <= target:
+            num_over -= 1
+            over[src_index] = over[num_over]
+            if slots[src] and target - loads[src] >= chunk:
+                num_helpers = _insert(loads, helpers, num_helpers, src)
+    return loads.max(), num_lends, network_lends
+
+
+# -- costs ---------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _expert_s(tokens: int, costs: Costs) -> float:
+    index = 0
+    while index + 1 < len(costs.curve_tokens) and costs.curve_tokens[index + 1] <= tokens:
+        index += 1
+    beyond = max(tokens - costs.curve_tokens[index], 0)
+    return float((costs.curve_s[index] + costs.slopes[index] * beyond) * costs.scale)
+
+
+@compiled
+def _fan_out(
+    senders: Ints, num_senders: int, receivers: Ints, low: int, high: int, round_: int, hops_3N: Ints, num_hops: int
+) -> int:
+    """Append the hops to receivers[low:high]; the new number of hops. senders must have room for the receivers."""
+    is_relayed = high - low >= RELAY_FAN_OUT
+    position = low
+    while position < high:
+        batch = min(num_senders, high - position) if is_relayed else high - position
+        for index in range(batch):
+            hops_3N[0, num_hops] = round_
+            hops_3N[1, num_hops] = senders[index % num_senders]
+            hops_3N[2, num_hops] = receivers[position + index]
+            num_hops += 1
+        for index in range(batch):
+            senders[num_senders + index] = receivers[position + index]
+        num_senders += batch
+        position += batch
+        round_ += 1
+    return num_hops
+
+
+@compiled
+def _relay(
+    expert: int, receivers: Ints, size: int, ranks_per_node: int, tables: Tables, state: State, num_hops: int
+) -> int:
+    """Append the relay tree of one expert to the hops; the new number of hops. receivers[:size] increase."""
+    entries, senders, holders = state.work_4R[2], state.work_4R[3], state.busy_4R[0]
+    holders[0] = tables.instance_rank_I[expert]
+    num_holders = 1
+    first, last = _replicas(expert, tables)
+    for instance in range(first, last):
+        holders[num_holders] = tables.instance_rank_I[instance]
+        num_holders += 1
+    num_entries = 0
+    last_node = -1
+    for index in range(size):
+        node = receivers[index] // ranks_per_node
+        if node != last_node:
+            last_node = node
+            is_held = False
+            for place in range(num_holders):
+                is_held |= holders[place] // ranks_per_node == node
+            if not is_held:
+                entries[num_entries] = receivers[index]
+                num_entries += 1
+    entry_hop = num_hops
+    senders[:num_holders] = holders[:num_holders]
+    num_hops = _fan_out(senders, num_holders, entries, 0, num_entries, 0, state.hops_3N, num_hops)
+    index = entry = 0
+    while index < size:
+        low = index
+        node = receivers[index] // ranks_per_node
+        while index < size and receivers[index] // ranks_per_node == node:
+            index += 1
+        first_round = num_senders = 0
+        if entry < num_entries and entries[entry] == receivers[low]:
+            senders[0] = entries[entry]
+            num_senders = 1
+            first_round = state.hops_3N[0, entry_hop + entry] + 1
+            entry += 1
+            low += 1
+        else:
+            for place in range(num_holders):
+                if holders[place] // ranks_per_node == node:
+                    senders[num_senders] = holders[place]
+                    num_senders += 1
+        num_hops = _fan_out(senders, num_senders, receivers, low, index, first_round, state.hops_3N, num_hops)
+    return num_hops
+
+
+@compiled
+def _fill_arrivals(num_hops: int, ranks_per_node: int, costs: Costs, state: State) -> None:
+    """Fill times_3R[2] with the time at which each rank has its last lend."""
+    arrival_s, hops_3N, busy_4R = state.times_3R[2], state.hops_3N, state.busy_4R
+    arrival_s[:] = 0.0
+    busy_4R[:] = 0
+    last_round = -1
+    for hop in range(num_hops):
+        last_round = max(last_round, hops_3N[0, hop])
+    now_s = 0.0
+    for round_ in range(last_round + 1):
+        most_near = most_far = 0
+        for hop in range(num_hops):
+            if hops_3N[0, hop] == round_:
+                src, dst = hops_3N[1, hop], hops_3N[2, hop]
+                port = 0 if src // ranks_per_node == dst // ranks_per_node else 2
+                busy_4R[port, src] += 1
+                busy_4R[port + 1, dst] += 1
+                most = max(busy_4R[port, src], busy_4R[port + 1, dst])
+                if port:
+                    most_far = max(most_far, most)
+                else:
+                    most_near = max(most_near, most)
+        round_s = 0.0
+        if most_near:
+            round_s = costs.figures[1] + most_near * costs.size_bytes / costs.figures[2]
+        if most_far:
+            round_s = max(round_s, costs.figures[3] + most_far * costs.size_bytes / costs.figures[4])
+        now_s += round_s
+        for hop in range(num_hops):
+            if hops_3N[0, hop] == round_:
+                src, dst = hops_3N[1, hop], hops_3N[2, hop]
+                busy_4R[0, src] = busy_4R[2, src] = busy_4R[1, dst] = busy_4R[3, dst] = 0
+                arrival_s[dst] = now_s
+
+
+@compiled
+def _predicted_s(ranks_per_node: int, start: Start, costs: Costs, tables: Tables, state: State) -> float:
+    """Seconds of the layer under the last attempt."""
+    own_s, lent_s, arrival_s = state.times_3R[0], state.times_3R[1], state.times_3R[2]
+    own_s[:] = 0.0
+    lent_s[:] = 0.0
+    receivers = state.work_4R[0]
+    num_hops = 0
+    for expert in range(len(state.first_lend_E)):
+        first, last = _replicas(expert, tables)
+        for index in range(first - 1, last):
+            instance = expert if index < first else index
+            if state.tokens_I[instance]:
+                rank = tables.instance_rank_I[instance]
+                if own_s[rank] == 0.0:
+                    own_s[rank] = costs.figures[0]
+                if state.tokens_I[instance] == start.tokens_I[instance]:
+                    own_s[rank] += costs.start_s_I[instance]
+                else:
+                    own_s[rank] += _expert_s(state.tokens_I[instance], costs)
+        lend = state.first_lend_E[expert]
+        size = 0
+        while lend >= 0:
+            rank = state.lends_4N[1, lend]
+            size = _insert(state.no_keys_R, receivers, size, rank)
+            if lent_s[rank] == 0.0:
+                lent_s[rank] = costs.figures[0]
+            lent_s[rank] += _expert_s(state.lends_4N[2, lend], costs)
+            lend = state.lends_4N[3, lend]
+        if size:
+            num_hops = _relay(expert, receivers, size, ranks_per_node, tables, state, num_hops)
+    _fill_arrivals(num_hops, ranks_per_node, costs, state)
+    step_s = 0.0
+    for rank in range(len(own_s)):
+        wait_s = max(arrival_s[rank] - costs.figures[5] * own_s[rank], 0.0)
+        step_s = max(step_s, own_s[rank] + lent_s[rank] + wait_s)
+    return step_s
+
+
+# -- segments ------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _positions(counts_RE: Ints, experts: Ints, num_split: int) -> Ints:
+    """Where each rank's tokens start in the global order of some experts' tokens, and where the last end: [experts, R + 1].
+
+    Eight ranks at a time: the column of one expert by itself would miss the cache with each rank.
+    """
+    ep_size = len(counts_RE)
+    positions = np.empty((num_split, ep_size + 1), dtype=np.int64)
+    for low in range(0, ep_size, 8):
+        high = min(low + 8, ep_size)
+        for index in range(num_split):
+            expert = experts[index]
+            position = positions[index, low] if low else np.int64(0)
+            positions[index, low] = position
+            for source in range(low, high):
+                position += counts_RE[source, expert]
+                positions[index, source + 1] = position
+    return positions
+
+
+@compiled
+def _split_experts(tables: Tables, state: State, experts: Ints) -> tuple[int, int]:
+    """Fill `experts` with those computed by more than one rank; their number, and that of their (expert, rank) pairs."""
+    num_split = num_shares = 0
+    for expert in range(len(state.first_lend_E)):
+        count = 0
+        first, last = _replicas(expert, tables)
+        for index in range(first - 1, last):
+            count += 1 if state.tokens_I[expert if index < first else index] else 0
+        lend = state.first_lend_E[expert]
+        while lend >= 0:
+            count += 1
+            lend = state.lends_4N[3, lend]
+        if count > 1:
+            experts[num_split] = expert
+            num_split += 1
+            num_shares += count
+    return num_split, num_shares
+
+
+@compiled
+def _cut(counts_RE: Ints, ranks_per_node: int, tables: Tables, state: State) -> Ints:
+    ep_size, num_experts = counts_RE.shape
+    split = np.empty(num_experts, dtype=np.int64)
+    num_split, num_shares = _split_experts(tables, state, split)
+    positions = _positions(counts_RE, split, num_split)
+    # A rank has at most 3 pieces (own, near, far), and each own or near piece cuts another in two.
+    segments = np.empty((num_experts + 8 * num_shares, 4), dtype=np.int64)
+    size = split_index = 0
+    for expert in range(num_experts):
+        if split_index < num_split and split[split_index] == expert:
+            size = _cut_expert(expert, positions[split_index], ranks_per_node, tables, state, segments, size)
+            split_index += 1
+            continue
+        first, last = _replicas(expert, tables)
+        rank, tokens = tables.instance_rank_I[expert], state.tokens_I[expert]
+        for instance in range(first, last):
+            if state.tokens_I[instance]:
+                rank, tokens = tables.instance_rank_I[instance], state.tokens_I[instance]
+        lend = state.first_lend_E[expert]
+        if lend >= 0:
+            rank, tokens = state.lends_4N[1, lend], state.lends_4N[2, lend]
+        if tokens:
+            segments[size] = (expert, rank, 0, tokens)
+            size += 1
+    return segments[:size].copy()
+
+
+@compiled
+def _cut_expert(
+    expert: int, positions: Ints, ranks_per_node: int, tables: Tables, state: State, segments: Ints, size: int
+) -> int:
+    """Append the segments of an expert that several ranks compute; the new number of segments."""
+    ranks, share, near, far = state.work_4R[0], state.work_4R[1], state.work_4R[2], state.work_4R[3]
+    own = state.busy_4R[0]
+    num_ranks = 0
+    first, last = _replicas(expert, tables)
+    for index in range(first - 1, last):
+        instance = expert if index < first else index
+        if state.tokens_I[instance]:
+            share[tables.instance_rank_I[instance]] = state.tokens_I[instance]
+            num_ranks = _insert(state.no_keys_R, ranks, num_ranks, tables.instance_rank_I[instance])
+    lend = state.first_lend_E[expert]
+    while lend >= 0:
+        share[state.lends_4N[1, lend]] = state.lends_4N[2, lend]
+        num_ranks = _insert(state.no_keys_R, ranks, num_ranks, state.lends_4N[1, lend])
+        lend = state.lends_4N[3, lend]
+    ep_size = len(positions) - 1
+    low = 0
+    while low < num_ranks:
+        node = ranks[low] // ranks_per_node
+        free = positions[min((node + 1) * ranks_per_node, ep_size)] - positions[node * ranks_per_node]
+        high = low
+        while high < num_ranks and ranks[high] // ranks_per_node == node:
+            rank = ranks[high]
+            own[rank] = min(share[rank], positions[rank + 1] - positions[rank])
+            free -= own[rank]
+            high += 1
+        for index in range(low, high):
+            rank = ranks[index]
+            near[rank] = min(share[rank] - own[rank], free)
+            far[rank] = share[rank] - own[rank] - near[rank]
+            free -= near[rank]
+        low = high
+    # Between the own pieces, a node's tokens go to its ranks until these have what they want, the rest to the others.
+    position = start = near_index = far_index = own_index = 0
+    current = np.int64(-1)
+    while position < positions[ep_size]:
+        while own_index < num_ranks and own[ranks[own_index]] == 0:
+            own_index += 1
+        while near_index < num_ranks and near[ranks[near_index]] == 0:
+            near_index += 1
+        next_own = positions[ranks[own_index]] if own_index < num_ranks else positions[ep_size]
+        next_near = positions[ep_size]
+        if near_index < num_ranks:
+            next_near = positions[ranks[near_index] // ranks_per_node * ranks_per_node]
+        if own_index < num_ranks and next_own == position:
+            rank = ranks[own_index]
+            count = own[rank]
+            own_index += 1
+        elif next_near <= position:
+            rank = ranks[near_index]
+            count = min(near[rank], next_own - position)
+            near[rank] -= count
+        else:
+            while far[ranks[far_index]] == 0:
+                far_index += 1
+            rank = ranks[far_index]
+            count = min(far[rank], min(next_own, next_near) - position)
+            far[rank] -= count
+        if rank != current:
+            if position > start:
+                segments[size] = (expert, current, start, position)
+                size += 1
+            current, start = rank, position
+        position += count
+    segments[size] = (expert, current, start, position)
+    return size + 1
+
+
+# -- the plan ------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _home(tokens_E: Ints, instance_rank_I: Ints) -> Ints:
+    segments = np.zeros((len(tokens_E), 4), dtype=np.int64)
+    size = 0
+    for expert in range(len(tokens_E)):
+        if tokens_E[expert]:
+            segments[size, 0] = expert
+            segments[size, 1] = instance_rank_I[expert]
+            segments[size, 3] = tokens_E[expert]
+            size += 1
+    return segments[:size]
+
+
+@compiled
+def _refusal(plain: Ints, total: int, slots_R: Ints, lend_slots: Ints, most_lends: int) -> int:
+    mean = total / len(plain)
+    has_lend_slot = has_slot = False
+    for rank in range(len(plain)):
+        if plain[rank] < mean:
+            has_lend_slot |= lend_slots[rank] > 0
+            has_slot |= slots_R[rank] > 0
+    if most_lends and has_lend_slot:
+        return NO_GAIN
+    return MEMORY if has_slot else NO_SLOT
+
+
+@compiled
+def _plan(
+    counts_RE: Ints,
+    slots_R: Ints,
+    instance_expert_I: Ints,
+    instance_rank_I: Ints,
+    rank_starts: Ints,
+    rank_instances: Ints,
+    replica_starts: Ints,
+    free_bytes_R: Ints,
+    curve_tokens: Ints,
+    curve_s: Floats,
+    slopes: Floats,
+    figures: Floats,
+    expert_bytes: int,
+    imbalance_threshold: float,
+    capacity_factor: float,
+    chunk: int,
+    bytes_per_expert: int,
+    most_lends: int,
+    ranks_per_node: int,
+    is_node_scope: bool,
+    is_decode: bool,
+) -> tuple[int, Ints, float]:
+    """(index of the decision, segments, predicted gain in seconds). No curve: no costs. NEGATIVE: a count is negative."""
+    ep_size, num_experts = counts_RE.shape
+    tokens_E = np.empty(num_experts, dtype=np.int64)
+    if not _sum_counts(counts_RE, tokens_E):
+        return NEGATIVE, np.empty((0, 4), dtype=np.int64), 0.0
+    plain = np.zeros(ep_size, dtype=np.int64)
+    for expert in range(num_experts):
+        plain[instance_rank_I[expert]] += tokens_E[expert]
+    total, plain_worst = plain.sum(), plain.max()
+    if total == 0 or plain_worst * ep_size / total < imbalance_threshold:
+        return BALANCED, _home(tokens_E, instance_rank_I), 0.0
+    target = _target(total, plain_worst, ep_size, capacity_factor, chunk)
+    if plain_worst <= target:
+        return BALANCED, _home(tokens_E, instance_rank_I), 0.0
+
+    has_costs = len(curve_s) > 0
+    tables = Tables(instance_expert_I, instance_rank_I, rank_starts, rank_instances, replica_starts)
+    limits = Limits(chunk, most_lends, ranks_per_node, is_node_scope)
+    size_bytes = bytes_per_expert if bytes_per_expert else expert_bytes
+    start_s_I = np.zeros(len(instance_rank_I), dtype=np.float64)
+    costs = Costs(curve_tokens, curve_s, slopes, figures, start_s_I, size_bytes / expert_bytes, size_bytes)
+    work_4R, busy_4R = np.empty((4, ep_size), dtype=np.int64), np.empty((4, ep_size), dtype=np.int64)
+    tokens_I = np.zeros(len(instance_rank_I), dtype=np.int64)
+    tokens_I[:num_experts] = tokens_E
+    plain_tokens_I = tokens_I.copy()
+    loads = plain.copy()
+    _level_over_replicas(tokens_I, loads, tables, target, work_4R[0], work_4R[1])
+    lend_slots = slots_R.copy()
+    for rank in range(len(free_bytes_R)):
+        lend_slots[rank] = min(lend_slots[rank], free_bytes_R[rank] // bytes_per_expert)
+    for instance in range(len(tokens_I) if has_costs else 0):
+        if tokens_I[instance]:
+            start_s_I[instance] = _expert_s(tokens_I[instance], costs)
+    by_load = np.arange(ep_size)
+    _sort_by(loads, by_load, ep_size)
+    start = Start(loads, lend_slots, tokens_I, by_load)
+    num_lends = min(most_lends, lend_slots.sum())
+    state = State(
+        loads.copy(),
+        lend_slots.copy(),
+        plain_tokens_I,
+        np.full(num_experts, -1, dtype=np.int64),
+        np.empty((4, num_lends), dtype=np.int64),
+        np.empty((3, num_lends), dtype=np.int64),
+        np.empty((3, ep_size), dtype=np.float64),
+        work_4R,
+        busy_4R,
+        np.zeros(ep_size, dtype=np.int64),
+    )
+
+    # The state holds plain EP now. Columns of `tried`, one per attempt, 0 the one without lends: target, way, in node
+    # first, maximum load, lends, lends across nodes.
+    plain_s = _predicted_s(ranks_per_node, start, costs, tables, state) if has_costs else 0.0
+    best_s, best = plain_s, -1
+    tried = np.zeros((6, MAX_ATTEMPTS), dtype=np.int64)
+    tried[3, 0] = loads.max()
+    num_tried, current = 1, -1
+    if has_costs:
+        state.tokens_I[:] = tokens_I
+        seconds = _predicted_s(ranks_per_node, start, costs, tables, state) + figures[6]
+        if seconds < best_s and tried[3, 0] < plain_worst:
+            best_s, best = seconds, 0
+    if has_costs or not is_decode:
+        # Search: at the target, else at the lowest load that is reached.
+        level, low, high = target, target, np.int64(-1)
+        while True:
+            reached = np.int64(-1)
+            for way in (FIT, REFILL, SCARCE):
+                worst, lends, far = _relieve(level, way, False, start, limits, tables, state)
+                current = num_tried
+                tried[:, current] = (level, way, 0, worst, lends, far)
+                num_tried += 1
+                if reached < 0 or worst < reached:
+                    reached = worst
+                if worst <= level:
+                    break
+            high = reached if high < 0 else min(high, reached)
+            if reached > level:
+                low = level
+            if high <= target or high - low <= max(1, target // SEARCH_STEP):
+                break
+            level = (low + high) // 2
+        is_far = not is_node_scope and ranks_per_node < ep_size
+        if is_far:
+            worst, lends, far = _relieve(max(high, target), FIT, True, start, limits, tables, state)
+            current = num_tried
+            tried[:, current] = (max(high, target), FIT, 1, worst, lends, far)
+            num_tried += 1
+        lowest = _fewest(tried, num_tried, target)
+        if not has_costs:
+            best = lowest
+        else:
+            num_candidates = num_tried
+            for rung in range(-2, len(RUNGS_16)):
+                number = lowest if rung == -2 else num_candidates - 1
+                if rung == -1 and (not is_far or number == lowest):
+                    continue
+                if rung >= 0:
+                    number = num_tried
+                    level = tried[3, lowest] + (tried[3, 0] - tried[3, lowest]) * RUNGS_16[rung] // 16
+                    if level * (figures[7] * costs.scale) >= best_s:
+                        break
+                    tried[:, number] = (level, FIT, 1 if is_far else 0, 0, 0, 0)
+                    num_tried += 1
+                if number != current:
+                    tried[3:, number] = _run(tried, number, start, limits, tables, state)
+                    current = number
+                seconds = _predicted_s(ranks_per_node, start, costs, tables, state) + figures[6]
+                if seconds < best_s and tried[3, number] < plain_worst:
+                    best_s, best = seconds, number
+    elif not has_costs:
+        best = 0
+
+    if best < 0 or tried[3, best] >= plain_worst:
+        reason = NO_GAIN
+        if has_costs or not is_decode:
+            reason = _refusal(plain, total, slots_R, lend_slots, most_lends)
+        return reason, _home(tokens_E, instance_rank_I), 0.0
+    if best != current:
+        _run(tried, best, start, limits, tables, state)
+    segments = _cut(counts_RE, ranks_per_node, tables, state)
+    return LEND if tried[4, best] else REPLICA, segments, plain_s - best_s
+
+
+@compiled
+def _run(tried: Ints, number: int, start: Start, limits: Limits, tables: Tables, state: State) -> tuple[int, int, int]:
+    """Make an attempt again by its number; 0 lends nothing."""
+    if number == 0:
+        state.loads[:] = start.loads
+        state.tokens_I[:] = start.tokens_I
+        state.first_lend_E[:] = -1
+        return tried[3, 0], 0, 0
+    target, way, in_node_first = tried[0, number], tried[1, number], tried[2, number] > 0
+    return _relieve(target, way, in_node_first, start, limits, tables, state)
+
+
+@compiled
+def _fewest(tried: Ints, num_tried: int, target: int) -> int:
+    lowest = tried[3, :num_tried].min()
+    reached = max(target, lowest + lowest // SEARCH_STEP)
+    best = -1
+    for number in range(num_tried):
+        if tried[3, number] > reached:
+            continue
+        is_better = best < 0
+        for row in (4, 5, 3):
+            if is_better or tried[row, number] > tried[row, best]:
+                break
+            is_better = tried[row, number] < tried[row, best]
+        if is_better:
+            best = number
+    return best
+
+
+# -- from Python ---------------------------------------------------------------------------------------------------
+
+
+def plan_quota(counts_RE: Ints, placement: Placement, options: PlanOptions) -> Plan:
+    """The same plan as `quota.plan_quota`'s. counts_RE: int64, C order; ValueError for a count below 0."""
+    arrays, model = placement.arrays, options.cost_model
+    curve_tokens, curve_s, slopes, figures, expert_bytes = NO_COSTS if model is None else _costs(model)
+    number, segments, gain_s = _plan(
+        counts_RE,
+        *arrays,
+        options.free_bytes_R,
+        curve_tokens,
+        curve_s,
+        slopes,
+        figures,
+        expert_bytes,
+        options.imbalance_threshold,
+        options.capacity_factor,
+        options.min_chunk_tokens,
+        options.bytes_per_expert,
+        max_lends(options),
+        options.ranks_per_node or placement.ep_size,
+        options.lend_scope == "node",
+        options.phase == "decode",
+    )
+    if number == NEGATIVE:
+        raise ValueError(f"counts must be >= 0, got {counts_RE.min()}")
+    ranks_per_node = options.ranks_per_node if number in (LEND, REPLICA) else None
+    return Plan(DECISIONS[number], placement, segments, ranks_per_node=ranks_per_node, predicted_gain_s=gain_s)
+
+
+NO_COSTS = (NO_INTS, NO_FLOATS, NO_FLOATS, NO_FLOATS, 1)
+
+
+def _costs(model: CostModel) -> tuple[Ints, Floats, Floats, Floats, int]:
+    return model.curve_tokens, model.curve_s, model.curve_slopes, model.figures, model.expert_bytes
+
+
+def warm_up() -> float:
+    """Compile, or load what an earlier start left on disk; seconds it took. Call it at start, never in a request."""
+    began_s = time.perf_counter()
+    counts_RE = np.array([[8, 0], [8, 0]], dtype=np.int64)
+    plan_quota(counts_RE, Placement.linear(2, 2, 1), PlanOptions(min_chunk_tokens=1))
+    return time.perf_counter() - began_s
