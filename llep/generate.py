@@ -104,16 +104,19 @@ def _steps(
     seed: int,
     phase: str,
 ) -> Iterator[StepCounts]:
-    rng = np.random.default_rng([seed, 0])
+    rng = np.random.Generator(np.random.SFC64([seed, 0]))  # the fastest at drawing
     popularities = [
         _popularities(workload, shape.num_experts, num_ranks, np.random.default_rng([seed, 1, layer]))
         for layer in range(shape.num_layers)
     ]
     pairs_R = source_pairs(workload.sources, num_ranks, tokens_per_rank) * shape.top_k
+    draws = [_Draw(pairs_R, np.zeros(shape.num_experts))] * shape.num_layers
     for step in range(steps):
         counts_LRE = np.empty((shape.num_layers, num_ranks, shape.num_experts), dtype=np.int64)
-        for counts_RE, popularity in zip(counts_LRE, popularities, strict=True):
-            draw_counts(pairs_R, next(popularity), rng, out=counts_RE)
+        for layer, popularity_E in enumerate(map(next, popularities)):
+            if popularity_E is not draws[layer].popularity_E:
+                draws[layer] = _Draw(pairs_R, popularity_E)
+            draws[layer](rng, counts_LRE[layer])
         yield StepCounts(step, phase, counts_LRE)
 
 
@@ -146,26 +149,44 @@ def source_pairs(sources: str, num_ranks: int, tokens_per_rank: int) -> Counts:
     return pairs_R
 
 
-def draw_counts(pairs_R: Counts, popularity_E: Floats, rng: np.random.Generator, out: Counts | None = None) -> Counts:
-    """Multinomial counts [R, E] with pairs_R pairs in each row.
+def draw_counts(pairs_R: Counts, popularity_E: Floats, rng: np.random.Generator) -> Counts:
+    """Multinomial counts [R, E] with pairs_R pairs in each row; by its normal limit where that can't be told apart."""
+    counts_RE = np.empty((len(pairs_R), len(popularity_E)), dtype=np.int64)
+    _Draw(pairs_R, popularity_E)(rng, counts_RE)
+    return counts_RE
+
+
+class _Draw:
+    """Draws counts again and again. What stays the same between draws is kept, and so are the arrays worked in.
 
     Where all expected counts are large, by the multinomial's normal limit (same means and covariances), which is ten
     times faster.
     """
-    counts_RE = np.empty((len(pairs_R), len(popularity_E)), dtype=np.int64) if out is None else out
-    if popularity_E.min() * pairs_R.min() < NORMAL_FROM:
-        counts_RE[...] = rng.multinomial(pairs_R, popularity_E)
-        return counts_RE
-    mean_RE = np.outer(pairs_R, popularity_E).astype(np.float32)
-    noise_RE = rng.standard_normal(mean_RE.shape, dtype=np.float32) * np.sqrt(mean_RE)
-    noise_RE -= noise_RE.sum(axis=1, keepdims=True) * popularity_E.astype(np.float32)
-    mean_RE += noise_RE
-    np.rint(mean_RE, out=mean_RE)
-    np.maximum(mean_RE, 0.0, out=mean_RE)
-    counts_RE[...] = mean_RE
-    # Rounding leaves a few pairs over or short: the most popular expert settles it.
-    counts_RE[:, int(popularity_E.argmax())] += pairs_R - counts_RE.sum(axis=1)
-    return counts_RE
+
+    def __init__(self, pairs_R: Counts, popularity_E: Floats) -> None:
+        self.popularity_E = popularity_E
+        self._pairs_R = pairs_R
+        self._is_normal = bool(popularity_E.min() * pairs_R.min() >= NORMAL_FROM)
+        self._share_E = popularity_E.astype(np.float32)
+        self._mean_RE = np.outer(pairs_R, popularity_E).astype(np.float32)
+        self._deviation_RE = np.sqrt(self._mean_RE)
+        self._noise_RE, self._common_RE = np.empty_like(self._mean_RE), np.empty_like(self._mean_RE)
+        self._hottest = int(popularity_E.argmax())
+
+    def __call__(self, rng: np.random.Generator, out_RE: Counts) -> None:
+        if not self._is_normal:
+            out_RE[...] = rng.multinomial(self._pairs_R, self.popularity_E)
+            return
+        noise_RE = self._noise_RE
+        rng.standard_normal(out=noise_RE, dtype=np.float32)
+        noise_RE *= self._deviation_RE
+        noise_RE -= np.multiply(noise_RE.sum(axis=1, keepdims=True), self._share_E, out=self._common_RE)
+        noise_RE += self._mean_RE
+        np.rint(noise_RE, out=noise_RE)
+        np.maximum(noise_RE, 0.0, out=noise_RE)
+        out_RE[...] = noise_RE
+        # Rounding leaves a few pairs over or short: the most popular expert settles it.
+        out_RE[:, self._hottest] += self._pairs_R - out_RE.sum(axis=1)
 
 
 def expected_ratio(popularity_E: Floats, num_ranks: int) -> float:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llep.cli.output import Format, show
-from llep.errors import SettingsError
+from llep.errors import LlepError, SettingsError
+
+if TYPE_CHECKING:
+    from llep.planning.milp import HomeQuality
 
 
 def add_to(app: typer.Typer) -> None:
     plans = typer.Typer(help="Ask the planners: no server and no GPU needed.", no_args_is_help=True)
     plans.command("simulate")(simulate)
+    plans.command("place")(place)
     app.add_typer(plans, name="plan")
 
 
@@ -34,6 +38,66 @@ def simulate(
 
     found = answer(parse_question(_read(file)), planner)
     show(_summary(found), output, data=found, title=f"{found['planner']}: {found['decision']}")
+
+
+def place(
+    recording: Annotated[Path, typer.Argument(help="The recording whose loads and transitions to place for.")],
+    ranks: Annotated[int | None, typer.Option(help="Ranks; the recording's by default.")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(help="Ranks of one node; all by default.")] = None,
+    rank_weight: Annotated[float, typer.Option(help="Cost of pairs that go on to another rank.")] = 0.25,
+    node_weight: Annotated[float, typer.Option(help="Cost of pairs that go on to another node, on top.")] = 0.5,
+    time_limit_s: Annotated[float, typer.Option("--time-limit", help="Seconds; then the greedy answer stands.")] = 60.0,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out broken parts.")] = False,
+    output: Annotated[Format, typer.Option("-o", "--output", help="json and yaml hold the home ranks.")] = Format.TABLE,
+) -> None:
+    """Choose home ranks offline: even loads, and experts that tokens visit in turn close together."""
+    import numpy as np
+
+    from llep.planning.milp import HomeOptions, plan_homes
+    from llep.traces import Trace
+
+    trace = Trace(recording, skip_broken=skip_broken)
+    loads_LE = np.zeros((trace.shape.num_layers, trace.shape.num_experts), dtype=np.int64)
+    for step in trace.steps():
+        loads_LE += step.counts_LRE.sum(axis=1)
+    try:
+        options = HomeOptions(
+            ranks_per_node=ranks_per_node, rank_weight=rank_weight, node_weight=node_weight, time_limit_s=time_limit_s
+        )
+        found = plan_homes(loads_LE, trace.num_ranks if ranks is None else ranks, trace.transitions(), options)
+    except LlepError:
+        raise
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    rows = [
+        {"layer": number, "before": before, "after": after, "gap": gap, "greedy": is_greedy}
+        for number, before, after, gap, is_greedy in zip(
+            trace.shape.layer_numbers,
+            found.before.imbalance_L,
+            found.after.imbalance_L,
+            found.gap_L,
+            found.is_greedy_L,
+            strict=True,
+        )
+    ]
+    homes = found.home_rank_LE.tolist()
+    data = {
+        "model": trace.shape.name,
+        "before": _quality(found.before),
+        "after": _quality(found.after),
+        "layers": [{**row, "home_rank": home} for row, home in zip(rows, homes, strict=True)],
+    }
+    shares = f"{found.before.other_rank_share:.3f} -> {found.after.other_rank_share:.3f}"
+    show(rows, output, data=data, title=f"to other ranks: {shares}")
+
+
+def _quality(quality: HomeQuality) -> dict[str, float]:
+    return {
+        "imbalance_ratio": sum(quality.imbalance_L) / len(quality.imbalance_L),
+        "other_rank_share": quality.other_rank_share,
+        "other_node_share": quality.other_node_share,
+        "cost": quality.cost,
+    }
 
 
 def _read(file: Path) -> Any:

@@ -34,10 +34,10 @@ class Judge:
     def judge(self, tally: Tally, layer: int, plan: Plan, resident_R: Counts, *, is_planned: bool) -> float:
         """Add a plan to the tally; its imbalance ratio. is_planned: it was made for this batch, which takes time."""
         segments_S4 = plan.segments_S4
-        key_S = segments_S4[:, 0] * self._ranks + segments_S4[:, 1]
-        tokens = _sums(key_S, segments_S4[:, 3] - segments_S4[:, 2], self._experts * self._ranks)
-        loads_R = tokens.reshape(self._experts, self._ranks).sum(axis=0)
-        key_P = np.flatnonzero(tokens)
+        rank_S, tokens_S = segments_S4[:, 1], segments_S4[:, 3] - segments_S4[:, 2]
+        loads_R = _sums(rank_S, tokens_S, self._ranks)
+        tokens = _sums(segments_S4[:, 0] * self._ranks + rank_S, tokens_S, self._experts * self._ranks)
+        key_P = np.flatnonzero(tokens > 0)
         tokens_P = tokens[key_P]
         expert_P, rank_P = np.divmod(key_P, self._ranks)
         is_lent_P = ~self._holds(plan.placement)[key_P]

@@ -200,3 +200,27 @@ def test_a_cost_model_with_nan_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     done = llep("plan", "simulate", str(tmp_path / "none.json"))
     assert done.returncode == 2 and "none.json can't be read: No such file or directory" in done.stderr
+
+
+def test_place(tmp_path: Path) -> None:
+    import numpy as np
+
+    from llep.generate import Workload, generate_steps
+    from llep.shapes import ModelShape
+    from llep.traces import TraceWriter
+
+    shape = ModelShape(name="small", layer_numbers=(3, 4), num_experts=16, top_k=2)
+    with TraceWriter(tmp_path / "t", shape, 4) as writer:
+        for step in generate_steps(Workload(kind="zipf", ratio=2.0), shape, num_ranks=4, tokens_per_rank=100, steps=5):
+            writer.append(step)
+        writer.append_transitions(4, np.full((1, 16, 16), 3))
+    done = llep("plan", "place", str(tmp_path / "t"), "--ranks-per-node", "2", "--time-limit", "5", "-o", "json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [layer["layer"] for layer in found["layers"]] == [3, 4]
+    assert all(sorted(layer["home_rank"]) == sorted(list(range(4)) * 4) for layer in found["layers"])
+    assert found["after"]["imbalance_ratio"] < found["before"]["imbalance_ratio"]
+    assert found["before"]["other_rank_share"] == pytest.approx(0.75)
+    assert "to other ranks: 0.750 -> 0." in llep("plan", "place", str(tmp_path / "t"), "--time-limit", "0").stdout
+    wrong = llep("plan", "place", str(tmp_path / "t"), "--ranks", "17")
+    assert wrong.returncode == 2 and "ep_size must be between 1 and the number of experts, 16, got 17" in wrong.stderr

@@ -35,7 +35,7 @@ def test_lognormal_by_maxvio(maxvio: float) -> None:
     workload = Workload(kind="lognormal", maxvio=maxvio)
     step = next(generate_steps(workload, shape, num_ranks=8, tokens_per_rank=65536, steps=1))
     loads_E = step.counts_LRE[0].sum(axis=0)
-    assert loads_E.max() / loads_E.mean() - 1 == pytest.approx(maxvio, rel=0.05)
+    assert loads_E.max() / loads_E.mean() - 1 == pytest.approx(maxvio, abs=0.03, rel=0.01)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8, 0.95])
