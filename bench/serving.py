@@ -3,7 +3,7 @@
 Skewed: tiny gpt-oss, hidden 1024, ~93% of the pairs on one of two ranks; planner `home` against lending, in turn.
 Balanced: the same without hot experts; mode `off` against lending, in turn. Prints and appends one JSON line a case.
 
-    python -m bench.serving [skewed balanced] [--layout tp] [--repeats 7] [--append]
+    python -m bench.serving [skewed balanced] [--repeats 7] [--append]
 """
 
 from __future__ import annotations
@@ -61,6 +61,10 @@ class Engine:
         directive = Directive(protocol=PROTOCOL, engine="bench", revision=self._revision, settings=settings)
         self._llm.collective_rpc("llep_offer", args=(encode(directive),))
 
+    def close(self) -> None:
+        """End the workers: left to itself at exit, vLLM waits for them for ever."""
+        self._llm.llm_engine.engine_core.shutdown()
+
     def reports(self) -> list[Report]:
         return [decode_report(report) for report in self._llm.collective_rpc("llep_report")]
 
@@ -108,6 +112,7 @@ def run(case: str, repeats: int, layers: int, eager: bool) -> dict[str, Any]:
                 measured = engine.prefill(prompt)
                 if repeat:  # the first round warms up
                     runs[name].append(measured)
+        engine.close()
     return {"case": case, "layers": layers, "repeats": repeats, "eager": eager, **_summary(runs, setup)}
 
 

@@ -137,7 +137,12 @@ def _plan_stack(
 
 
 # Usage statistics would leave the machine; the log monitor and the like are of no use to one actor.
-_RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
+# Nothing is worth draining: the scheduler's truth is in its state folder.
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+}
 
 
 def _ray_command(port: int) -> list[str]:

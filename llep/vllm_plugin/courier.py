@@ -17,12 +17,15 @@ from pathlib import Path
 
 import zmq
 
-from llep.messages import Directive, Report, decode_directive, encode
+from llep.messages import Report, decode_directive, encode
+from llep.moe.agreement import AgreedSettings
 
 logger = logging.getLogger("vllm.llep")
 
 LONGEST_RESTART_PAUSE_S = 20.0
 STEADY_AFTER_S = 30.0
+SIGN_OF_LIFE_S = 2.0  # an empty frame, so that an agent started anew soon knows who is there
+MIN_POLL_S, MAX_POLL_S = 0.01, 0.25
 
 
 class AgentProcess:
@@ -55,7 +58,7 @@ class AgentProcess:
 
 
 class Courier(threading.Thread):
-    """Sends make_report() every interval_s() seconds and hands each directive to take_directive.
+    """Sends make_report() every report_interval_s, and at once when a revision arrives or goes live; takes directives.
 
     Reports are cumulative: one that can't be sent is dropped, the next one says it all.
     """
@@ -64,15 +67,13 @@ class Courier(threading.Thread):
         self,
         socket: str,
         make_report: Callable[[], Report],
-        take_directive: Callable[[Directive], None],
-        interval_s: Callable[[], float],
+        agreed: AgreedSettings,
         agent: AgentProcess | None,
     ) -> None:
         super().__init__(name="llep-courier", daemon=True)
         self._socket_path = socket
         self._make_report = make_report
-        self._take_directive = take_directive
-        self._interval_s = interval_s
+        self._agreed = agreed
         self._agent = agent
 
     def run(self) -> None:
@@ -83,17 +84,26 @@ class Courier(threading.Thread):
         socket.setsockopt(zmq.RECONNECT_IVL, 200)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         socket.connect(f"ipc://{self._socket_path}")
-        next_report_s = 0.0
+        next_report_s = last_sign_s = 0.0
+        live_revision = -1
         while True:
             try:
                 if self._agent is not None:
                     self._agent.keep_running()
                 now = time.monotonic()
-                if now >= next_report_s:
-                    next_report_s = now + self._interval_s()
+                if now >= next_report_s or self._agreed.live.number != live_revision:
+                    live_revision = self._agreed.live.number
+                    next_report_s = now + self._agreed.live.settings.report_interval_s
+                    last_sign_s = now
                     socket.send(encode(self._make_report()), zmq.NOBLOCK)
-                if socket.poll(int(1000 * min(max(next_report_s - time.monotonic(), 0.01), 1.0))):
-                    self._take_directive(decode_directive(socket.recv()))
+                elif now >= last_sign_s + SIGN_OF_LIFE_S:
+                    last_sign_s = now
+                    socket.send(b"", zmq.NOBLOCK)
+                if socket.poll(int(1000 * min(max(next_report_s - now, MIN_POLL_S), MAX_POLL_S))):
+                    # A directive, or an agent that was started anew and asks who is there: either wants a report.
+                    if directive := socket.recv():
+                        self._agreed.offer(decode_directive(directive))
+                    next_report_s = 0.0
             except zmq.Again:
                 pass  # the agent is away: the next report says it all
             except (ValueError, OSError, zmq.ZMQError) as error:

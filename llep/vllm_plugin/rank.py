@@ -163,9 +163,8 @@ class Rank:
         socket = str(Path(tempfile.gettempdir()) / f"llep-{os.getuid()}" / f"{self._incarnation}.sock")
         is_first = self._transport.rank == 0
         agent = AgentProcess(socket, self._info.engine) if is_first and has_scheduler() else None
-        interval_s = lambda: self.agreed.live.settings.report_interval_s  # noqa: E731
         if has_scheduler():
-            Courier(socket, self.report, self.agreed.offer, interval_s, agent).start()
+            Courier(socket, self.report, self.agreed, agent).start()
         elif is_first:
             logger.info(
                 "llep: LLEP_RAY_ADDRESS is not set: no scheduler, the settings at start hold while this engine runs"
