@@ -1,0 +1,62 @@
+# Two commands: `make serve` and `make test`. Each sets up what it needs; the rest is for those who work on llep.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+# make serve: another checkpoint or hub name with MODEL=..., other vLLM flags with FLAGS=...
+TINY   := models/tiny-gpt-oss
+MODEL  ?= $(TINY)
+FLAGS  ?= --tensor-parallel-size 2 --enable-expert-parallel --enforce-eager
+# The prompts of a demo are short: balance batches that a GPU would leave alone.
+serve: export LLEP_MIN_BATCH_TOKENS ?= 16
+serve: export LLEP_MIN_CHUNK_TOKENS ?= 8
+
+.PHONY: serve test check lint types unit bench lock clean
+
+serve: $(READY) $(if $(filter $(TINY),$(MODEL)),$(TINY)/config.json)
+	@exec $(BIN)/llep serve $(MODEL) $(FLAGS)
+
+test: check
+	$(BIN)/python -m pytest tests/dist tests/scheduler tests/server tests/vllm tests/e2e
+
+check: lint types unit
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+unit: $(READY)
+	$(BIN)/python -m pytest tests/unit
+
+bench: $(READY)
+	$(BIN)/python -m bench.serving --append
+
+$(TINY)/config.json: | $(READY)
+	$(BIN)/llep model tiny gpt-oss $(TINY) --hot 0-7 --hot-share 0.85
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "llep wants Python 3.11 or newer: name one with PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements.lock \
+	  || { echo "No CPU build of torch? Name PyTorch's index of CPU wheels in PIP_EXTRA_INDEX_URL and try again."; exit 1; }
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# A new requirements.lock from the ranges in pyproject.toml.
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --upgrade pip
+	build/lock/bin/python -m pip install --quiet "torch==2.13.0+cpu" hatchling editables
+	build/lock/bin/python -m pip install --quiet --editable ".[cpu]" --group dev
+	build/lock/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	head -2 requirements.lock > build/requirements.lock
+	build/lock/bin/python -m pip freeze --exclude-editable --exclude pip >> build/requirements.lock
+	mv build/requirements.lock requirements.lock
+
+clean:
+	rm -rf $(VENV) build models .pytest_cache .mypy_cache .ruff_cache .hypothesis
