@@ -36,7 +36,7 @@ class LendingPool:
         """
         local_experts = next(iter(weights.values())).shape[0]
         per_slot = bytes_per_expert(weights)
-        slots = budget_bytes // per_slot if budget_bytes else slots_per_rank
+        slots = min(budget_bytes // per_slot, local_experts) if budget_bytes else slots_per_rank
         if budget_bytes and not slots:
             raise UnsupportedConfiguration(
                 f"memory_budget_bytes={budget_bytes} is less than one slot of {per_slot} bytes: raise it to at least "

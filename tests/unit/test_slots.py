@@ -1,0 +1,41 @@
+"""The lending pool: reserved in full, or refused with the bytes and the way out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llep.errors import UnsupportedConfiguration
+from llep.moe.slots import LendingPool, bytes_per_expert
+
+WEIGHTS = {"w": torch.ones(4, 3, 5), "scale": torch.ones(4, 2, dtype=torch.float16), "bias": torch.ones(4, 5)}
+PER_EXPERT = 3 * 5 * 4 + 2 * 2 + 5 * 4
+
+
+def test_a_slot_has_room_for_every_tensor_of_an_expert() -> None:
+    assert bytes_per_expert(WEIGHTS) == PER_EXPERT
+    pool = LendingPool.reserve(WEIGHTS, 3)
+    assert pool.bytes == 3 * PER_EXPERT
+    assert {name: tuple(tensor.shape) for name, tensor in pool.tensors.items()} == {
+        "w": (3, 3, 5),
+        "scale": (3, 2),
+        "bias": (3, 5),
+    }
+    assert pool.tensors["scale"].dtype == torch.float16
+
+
+@pytest.mark.parametrize(("budget", "slots"), [(PER_EXPERT, 1), (3 * PER_EXPERT - 1, 2), (99 * PER_EXPERT, 4)])
+def test_a_budget_decides_the_slots_and_is_never_exceeded(budget: int, slots: int) -> None:
+    pool = LendingPool.reserve(WEIGHTS, slots_per_rank=4, budget_bytes=budget)
+    assert pool.slots == slots and pool.bytes <= budget
+
+
+def test_no_slots_is_fine() -> None:
+    assert LendingPool.reserve(WEIGHTS, 0).bytes == 0
+
+
+def test_refusals_name_the_value_and_the_way_out() -> None:
+    with pytest.raises(UnsupportedConfiguration, match=f"memory_budget_bytes=10 is less than one slot of {PER_EXPERT}"):
+        LendingPool.reserve(WEIGHTS, 4, budget_bytes=10)
+    with pytest.raises(UnsupportedConfiguration, match="slots_per_rank=5 is above the 4 local experts"):
+        LendingPool.reserve(WEIGHTS, 5)
