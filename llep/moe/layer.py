@@ -113,7 +113,7 @@ class LeastLoadedMoE:
                 tokens_P = pairs_P // ids_TK.shape[1]
                 gates_P = gates_TK.reshape(-1)[pairs_P]
                 results_PH = self.experts.compute(bank, hidden_TH[tokens_P], _on(order_P, rows.experts), gates_P)
-                output_TH.index_add_(0, tokens_P, results_PH)
+                _add_rows(output_TH, tokens_P, results_PH)
 
         with times.measure("compute"):
             compute(home, self.experts.weights)
@@ -169,7 +169,7 @@ class LeastLoadedMoE:
         with times.measure("combine"):
             returned_PH = self.transport.exchange(results_PH, parts.receive_counts, parts.send_counts)
             output_TH = torch.zeros_like(hidden_TH)
-            output_TH.index_add_(0, tokens_P, returned_PH if gate_on_input else returned_PH * gates_P1)
+            _add_rows(output_TH, tokens_P, returned_PH if gate_on_input else returned_PH * gates_P1)
         return LayerResult(output_TH, plan, counts_RE, times)
 
     def _count(self, ids_TK: torch.Tensor) -> Counts:
@@ -203,6 +203,14 @@ def _digest(ids_TK: torch.Tensor) -> torch.Tensor:
     flat = ids_TK.reshape(-1).to(torch.int64)
     weights = torch.arange(1, len(flat) + 1, device=flat.device) * 0x9E3779B97F4A7C1 + 0x2545F4914F6CDD1
     return ((flat + 1) * (weights ^ (weights >> 29))).sum()[None]
+
+
+def _add_rows(output_TH: torch.Tensor, tokens_P: torch.Tensor, rows_PH: torch.Tensor) -> None:
+    """Add each row to its token's output, in one order always: index_add_ on CUDA adds in any order."""
+    if output_TH.is_cuda:
+        output_TH.index_put_((tokens_P,), rows_PH, accumulate=True)
+    else:
+        output_TH.index_add_(0, tokens_P, rows_PH)
 
 
 def _on(like: torch.Tensor, index: npt.NDArray[np.int64]) -> torch.Tensor:

@@ -55,8 +55,9 @@ class Transport:
         self.rank = self.ranks.index(dist.get_rank())
         self.device = device
         self.watchdog_s = watchdog_s
-        # A first step may compile kernels for minutes, on one rank longer than on another.
-        start_up = timedelta(minutes=30)
+        # A first step may compile kernels for minutes, on one rank longer than on another. Over NCCL this limit is the
+        # watchdog: waiting with a limit of its own would hold up the host in every collective.
+        start_up = timedelta(seconds=max(watchdog_s, 300.0)) if backend == "nccl" else timedelta(minutes=30)
         self._tokens, self._weights = (
             dist.new_group(self.ranks, backend=backend, timeout=start_up, use_local_synchronization=True)
             for _ in range(2)
@@ -108,7 +109,10 @@ class Transport:
 
     def _wait(self, work: dist.Work, what: str) -> None:
         try:
-            work.wait(timedelta(seconds=self.watchdog_s))
+            if self.device.type == "cuda":
+                work.wait()
+            else:
+                work.wait(timedelta(seconds=self.watchdog_s))
         except RuntimeError as error:
             raise PeerLost(
                 f"EP rank {self.rank} of {self.size} gave up in {what} after at most watchdog_s={self.watchdog_s:g}: "

@@ -27,9 +27,14 @@ class VllmExperts:
         self._routed = routed_experts
         self.top_k: int = routed_experts.top_k
         self.gate_on_input: bool = routed_experts.apply_router_weight_on_input
-        self.weights: dict[str, torch.Tensor] = _lendable(routed_experts)
-        self._home_kernel = _local_kernel(_fused_experts(routed_experts))
+        self.weights: dict[str, torch.Tensor] = {}
         self._pool_kernel: mk.FusedMoEKernel | None = None
+        self.take_weights()
+
+    def take_weights(self) -> None:
+        """Look at the layer's weights, which vLLM has just loaded, or loaded again into other tensors."""
+        self.weights.update(_lendable(self._routed))
+        self._home_kernel = _local_kernel(_fused_experts(self._routed))
 
     @property
     def local_map_E(self) -> torch.Tensor:

@@ -80,11 +80,13 @@ class LeastLoadedMoERunner(MoERunner):  # type: ignore[misc]
             self._llep_weights_ready = ready  # the last child: vLLM visits it after the experts
 
     def take_weights(self) -> None:
-        """Reserve the pool and make ready to compute, once this layer's weights are in their final form."""
+        """Reserve the pool and make ready to compute, when this layer's weights are in their final form."""
         assert self._rank is not None
-        if self._layer is None:
-            with telling_refusals():
+        with telling_refusals():
+            if self._layer is None:
                 self._layer = self._rank.add_layer(self.layer_name, self.routed_experts)
+            else:
+                self._layer.experts.take_weights()
 
     def _select_forward(self) -> Callable[..., Any]:
         if self.moe_config.ep_size == 1:
@@ -208,6 +210,16 @@ def _refuse_conflicts(config: VllmConfig, runner: LeastLoadedMoERunner) -> None:
             f"--tensor-parallel-size {parallel.tensor_parallel_size} with --data-parallel-size "
             f"{parallel.data_parallel_size} would send every token {parallel.tensor_parallel_size} times",
             "use one of the two with --enable-expert-parallel",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size} makes several EP groups of one engine",
+            "drop --pipeline-parallel-size",
+        ),
+        (
+            config.offload_config.uva.cpu_offload_gb > 0 or config.offload_config.prefetch.offload_group_size > 0,
+            "offloaded weights are not where they would be lent from",
+            "drop --cpu-offload-gb and --offload-group-size",
         ),
         (config.lora_config is not None, "LoRA on experts is not lent with them", "drop --enable-lora"),
         (parallel.use_ubatching, "micro-batching (DBO) runs two steps at once", "drop --enable-dbo"),
