@@ -13,10 +13,10 @@ from llep.placement import Placement
 from llep.plan import Decision, Plan
 from llep.planning.home import plan_home
 from llep.planning.least_loaded import plan_least_loaded
-from llep.planning.options import PlanOptions
+from llep.planning.options import PlanOptions, refuse_counts
 from llep.planning.quota import plan_quota
 
-__all__ = ["PLANNERS", "PlanOptions", "plan_step"]
+__all__ = ["PLANNERS", "PlanOptions", "plan_step", "warm_up"]
 
 Counts = npt.NDArray[np.int64]
 
@@ -33,45 +33,68 @@ def plan_step(planner: str, counts_RE: Counts, placement: Placement, options: Pl
     return plan(_checked(counts_RE, placement, options), placement, options)
 
 
-def _home(counts_RE: Counts, placement: Placement, options: PlanOptions) -> Plan:
-    return plan_home(counts_RE.sum(axis=0), placement)
+def warm_up() -> bool:
+    """Make plan_step use the compiled planners from now on: the same plans, sooner. Whether numba is there to do so.
+
+    Takes half a minute once per machine and version, then about a second: call it at start, never in a request.
+    """
+    try:
+        from llep.planning import native
+    except ModuleNotFoundError as error:
+        if error.name != "numba":
+            raise
+        return False
+    native.warm_up()
+    PLANNERS["quota"] = native.plan_quota
+    return True
+
+
+def _quota(counts_RE: Counts, placement: Placement, options: PlanOptions) -> Plan:
+    refuse_counts(counts_RE)
+    return plan_quota(counts_RE, placement, options)
 
 
 def _least_loaded(counts_RE: Counts, placement: Placement, options: PlanOptions) -> Plan:
+    refuse_counts(counts_RE)
     plan = plan_least_loaded(counts_RE.sum(axis=0).tolist(), placement, options)
     return _if_it_pays(plan, counts_RE, options) if options.cost_model is not None else plan
 
 
+def _home(counts_RE: Counts, placement: Placement, options: PlanOptions) -> Plan:
+    refuse_counts(counts_RE)
+    return plan_home(counts_RE.sum(axis=0), placement)
+
+
 def _if_it_pays(plan: Plan, counts_RE: Counts, options: PlanOptions) -> Plan:
-    assert options.cost_model is not None
-    home = plan_home(counts_RE.sum(axis=0), plan.placement, Decision.NO_GAIN)
     if plan.decision not in (Decision.LEND, Decision.REPLICA):
         return plan
+    assert options.cost_model is not None
+    home = plan_home(counts_RE.sum(axis=0), plan.placement, Decision.NO_GAIN)
     home_s, plan_s = (predict_s(each, options.cost_model, options.bytes_per_expert) for each in (home, plan))
     plan.predicted_gain_s = home_s - plan_s
     return plan if plan_s < home_s else home
 
 
+# By name; warm_up puts compiled twins in place.
 PLANNERS: dict[str, Callable[[Counts, Placement, PlanOptions], Plan]] = {
-    "quota": plan_quota,
+    "quota": _quota,
     "least_loaded": _least_loaded,
     "home": _home,
 }
 
 
 def _checked(counts_RE: Counts, placement: Placement, options: PlanOptions) -> Counts:
-    """Counts as int64, or ValueError naming the first thing that is wrong."""
+    """Counts as a writeable int64 array in C order, or ValueError naming what does not fit."""
     counts = np.asarray(counts_RE)
     shape = (placement.ep_size, placement.num_experts)
     if counts.shape != shape:
         raise ValueError(f"counts must have shape (ranks, experts) = {shape} as the placement has, got {counts.shape}")
     if counts.dtype.kind not in "iu":
         raise ValueError(f"counts must be integers, got dtype {counts.dtype}")
-    if counts.size and counts.min() < 0:
-        rank, expert = np.unravel_index(int(counts.argmin()), counts.shape)
-        raise ValueError(f"counts must be >= 0, got {counts.min()} from rank {rank} to expert {expert}")
     if options.free_bytes is not None and len(options.free_bytes) != placement.ep_size:
         raise ValueError(
             f"free_bytes must have one entry per rank ({placement.ep_size}), got {len(options.free_bytes)}"
         )
-    return counts.astype(np.int64, copy=False)
+    flags = counts.flags
+    is_ready = counts.dtype == np.int64 and flags.c_contiguous and flags.writeable
+    return counts if is_ready else counts.astype(np.int64, order="C")

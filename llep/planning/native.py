@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -20,7 +19,7 @@ import numpy.typing as npt
 from llep.cost import CostModel
 from llep.placement import Placement
 from llep.plan import RELAY_FAN_OUT, Decision, Plan
-from llep.planning.options import PlanOptions, max_lends
+from llep.planning.options import MAX_COUNT, NO_LIMIT, PlanOptions, max_lends, refuse_counts
 from llep.planning.quota import LEVEL_ROUNDS, LOOSE, LOOSE_RATIO, RUNGS, SEARCH_STEP, TIGHT, TIGHT_RATIO, Way
 
 Ints = npt.NDArray[np.int64]
@@ -31,7 +30,7 @@ FIT, REFILL, SCARCE = int(Way.FIT), int(Way.REFILL), int(Way.SCARCE)
 DECISIONS = tuple(Decision)
 LEND, REPLICA, BALANCED = (DECISIONS.index(d) for d in (Decision.LEND, Decision.REPLICA, Decision.BALANCED))
 NO_GAIN, NO_SLOT, MEMORY = (DECISIONS.index(d) for d in (Decision.NO_GAIN, Decision.NO_SLOT, Decision.MEMORY))
-NEGATIVE = -1  # in place of a decision: a count is below 0
+REFUSED = -1  # in place of a decision: a count is out of range
 MAX_ATTEMPTS = 192  # the search halves an interval of at most 2^62, with up to 3 attempts each time
 RUNGS_16 = np.array(RUNGS, dtype=np.int64)
 NO_INTS = np.zeros(0, dtype=np.int64)
@@ -39,13 +38,14 @@ NO_FLOATS = np.zeros(0, dtype=np.float64)
 
 
 class Tables(NamedTuple):
-    """See llep.placement.PlacementArrays."""
+    """See llep.placement.PlacementArrays; node_R: node of each rank."""
 
     instance_expert_I: Ints
     instance_rank_I: Ints
     rank_starts: Ints
     rank_instances: Ints
     replica_starts: Ints
+    node_R: Ints
 
 
 class Limits(NamedTuple):
@@ -98,6 +98,18 @@ class State(NamedTuple):
     no_keys_R: Ints  # zeros: to sort by rank alone
 
 
+class Tried(NamedTuple):
+    """Attempts by number, 0 being the one without lends.
+
+    columns: target, way, in node first, maximum load, lends, lends across nodes. held: the attempt that each of the two
+    states holds, -1 for none. size: [number of attempts].
+    """
+
+    columns: Ints
+    held: Ints
+    size: Ints
+
+
 def _set_cache_folder() -> None:
     """Numba caches beside the source or in the user's cache; where neither can be written, use the temporary folder."""
     beside, home = Path(__file__).parent, Path.home()
@@ -112,20 +124,25 @@ def compiled(function: F) -> F:
     return cast(F, numba.njit(cache=True)(function))
 
 
+def inlined(function: F) -> F:
+    """Compiled into its caller: a call that passes arrays costs 5 ns for each of them, to count references."""
+    return cast(F, numba.njit(cache=True, inline="always")(function))
+
+
 # -- small parts ---------------------------------------------------------------------------------------------------
 
 
 @compiled
 def _sum_counts(counts_RE: Ints, tokens_E: Ints) -> bool:
-    """Fill tokens_E with the sums over ranks; whether all counts are >= 0."""
-    sign = 0
+    """Fill tokens_E with the sums over ranks; whether all counts are in 0..MAX_COUNT, a power of 2 minus 1."""
+    bits = 0
     tokens_E[:] = 0
     for rank in range(counts_RE.shape[0]):
         for expert in range(counts_RE.shape[1]):
             count = counts_RE[rank, expert]
             tokens_E[expert] += count
-            sign |= count
-    return sign >= 0
+            bits |= count
+    return 0 <= bits <= MAX_COUNT
 
 
 @compiled
@@ -145,7 +162,7 @@ def _sort_by(keys: Ints, items: Ints, size: int) -> None:
             items[place] = item
 
 
-@compiled
+@inlined
 def _insert(keys: Ints, items: Ints, size: int, item: int) -> int:
     """Insert into items[:size], sorted by keys[item], then item. The new size."""
     place = size
@@ -160,12 +177,23 @@ def _insert(keys: Ints, items: Ints, size: int, item: int) -> int:
     return size + 1
 
 
-@compiled
+@inlined
 def _remove(items: Ints, size: int, item: int) -> int:
     """Remove from items[:size], keeping the order. The new size."""
     place = 0
     while items[place] != item:
         place += 1
+    for index in range(place, size - 1):
+        items[index] = items[index + 1]
+    return size - 1
+
+
+@inlined
+def _remove_last(items: Ints, size: int, item: int) -> int:
+    """As _remove, for an item that is at or near the end."""
+    place = size - 1
+    while items[place] != item:
+        place -= 1
     for index in range(place, size - 1):
         items[index] = items[index + 1]
     return size - 1
@@ -180,7 +208,7 @@ def _target(total: int, worst: int, ep_size: int, capacity_factor: float, chunk:
     return max(int(np.ceil(capacity_factor * total / ep_size)), total * (1000 + permille) // (1000 * ep_size))
 
 
-@compiled
+@inlined
 def _replicas(expert: int, tables: Tables) -> tuple[int, int]:
     """The expert's replicas are the instances first to last - 1."""
     num_experts = len(tables.replica_starts) - 1
@@ -241,7 +269,7 @@ def _level_over_replicas(tokens_I: Ints, loads: Ints, tables: Tables, target: in
 # -- lends ---------------------------------------------------------------------------------------------------------
 
 
-@compiled
+@inlined
 def _pick(helpers: Ints, size: int, loads: Ints, target: int, amount: int) -> int:
     limit = target - amount  # a helper fits if its load is at most this
     low, high = 0, size
@@ -269,7 +297,7 @@ def _pick(helpers: Ints, size: int, loads: Ints, target: int, amount: int) -> in
     return best
 
 
-@compiled
+@inlined
 def _scarcest(helpers: Ints, size: int, loads: Ints, slots: Ints, target: int, amount: int) -> int:
     best = -1
     for index in range(size):
@@ -286,24 +314,32 @@ def _scarcest(helpers: Ints, size: int, loads: Ints, slots: Ints, target: int, a
     return best
 
 
-@compiled
-def _next_src(way: int, over: Ints, num_over: int, loads: Ints, slots: Ints) -> int:
-    """Index in `over` of the rank to relieve next: the most loaded, with REFILL first among those with a slot."""
-    best = 0
-    for index in range(1, num_over):
-        rank, best_rank = over[index], over[best]
-        has_slot = way == REFILL and slots[rank] > 0
-        best_has_slot = way == REFILL and slots[best_rank] > 0
-        if has_slot != best_has_slot:
-            is_better = has_slot
-        else:
-            is_better = loads[rank] > loads[best_rank] or (loads[rank] == loads[best_rank] and rank < best_rank)
-        if is_better:
-            best = index
-    return best
+@inlined
+def _insert_over(loads: Ints, over: Ints, size: int, item: int) -> int:
+    """Insert into over[:size], sorted so that the rank to relieve next, the most loaded and lowest, is last."""
+    place = size
+    load = loads[item]
+    while place > 0:
+        before = over[place - 1]
+        if loads[before] < load or (loads[before] == load and before > item):
+            break
+        over[place] = before
+        place -= 1
+    over[place] = item
+    return size + 1
 
 
-@compiled
+@inlined
+def _next_src(way: int, over: Ints, num_over: int, slots: Ints) -> int:
+    """The rank to relieve next: the most loaded; with REFILL, the most loaded that has a slot if there is one."""
+    if way == REFILL:
+        for index in range(num_over - 1, -1, -1):
+            if slots[over[index]] > 0:
+                return int(over[index])
+    return int(over[num_over - 1])
+
+
+@inlined
 def _next_instance(src: int, last: int, tokens_I: Ints, tables: Tables) -> int:
     """The largest expert of src, lowest index first, that comes after instance `last` (-1: the first); -1 if none."""
     best = -1
@@ -316,24 +352,18 @@ def _next_instance(src: int, last: int, tokens_I: Ints, tables: Tables) -> int:
     return best
 
 
-@compiled
+@inlined
 def _is_larger(one: int, other: int, tokens_I: Ints, tables: Tables) -> bool:
     if tokens_I[one] != tokens_I[other]:
         return bool(tokens_I[one] > tokens_I[other])
     return bool(tables.instance_expert_I[one] < tables.instance_expert_I[other])
 
 
-@compiled
-def _mark_holders(expert: int, mark: int, marks_R: Ints, state: State, tables: Tables) -> None:
-    """Set marks_R[rank] = mark for every rank that has the expert's weights, also by a lend."""
-    marks_R[tables.instance_rank_I[expert]] = mark
-    first, last = _replicas(expert, tables)
-    for instance in range(first, last):
-        marks_R[tables.instance_rank_I[instance]] = mark
-    lend = state.first_lend_E[expert]
-    while lend >= 0:
-        marks_R[state.lends_4N[1, lend]] = mark
-        lend = state.lends_4N[3, lend]
+@inlined
+def _mark(rank: int, mark: int, marks_R: Ints, target: int, chunk: int, loads: Ints, slots: Ints) -> bool:
+    """Mark a rank that has an expert's weights; whether it would be a helper otherwise."""
+    marks_R[rank] = mark
+    return bool(slots[rank] > 0 and target - loads[rank] >= chunk)
 
 
 @compiled
@@ -351,31 +381,46 @@ def _relieve(
     num_helpers = num_over = num_lends = network_lends = mark = 0
     for rank in start.by_load:
         if loads[rank] > target:
-            over[num_over] = rank
-            num_over += 1
+            num_over = _insert_over(loads, over, num_over, rank)
         elif slots[rank] and target - loads[rank] >= chunk:
             helpers[num_helpers] = rank
             num_helpers += 1
     while num_over and num_lends < limits.most_lends:
-        src_index = _next_src(way, over, num_over, loads, slots)
-        src = over[src_index]
-        node = src // limits.ranks_per_node
+        src = _next_src(way, over, num_over, slots)
+        node = tables.node_R[src]
+        low = node * limits.ranks_per_node
+        high = min(low + limits.ranks_per_node, len(loads))
         is_near_only = limits.is_node_scope
         if in_node_first:
-            for index in range(num_helpers):
-                is_near_only |= helpers[index] // limits.ranks_per_node == node
+            for rank in range(low, high):
+                is_near_only |= slots[rank] > 0 and target - loads[rank] >= chunk
         instance = size = 0
         last = -1
         while size == 0:
             instance = _next_instance(src, last, tokens_I, tables)
             if instance < 0 or tokens_I[instance] < chunk:
                 break
-            _mark_holders(tables.instance_expert_I[instance], mark, marks_R, state, tables)
-            for index in range(num_helpers):
-                rank = helpers[index]
-                if marks_R[rank] != mark and (not is_near_only or rank // limits.ranks_per_node == node):
-                    candidates[size] = rank
-                    size += 1
+            expert = tables.instance_expert_I[instance]
+            is_filtered = _mark(tables.instance_rank_I[expert], mark, marks_R, target, chunk, loads, slots)
+            first_replica, last_replica = _replicas(expert, tables)
+            for replica in range(first_replica, last_replica):
+                is_filtered |= _mark(tables.instance_rank_I[replica], mark, marks_R, target, chunk, loads, slots)
+            lend = state.first_lend_E[expert]
+            while lend >= 0:
+                is_filtered |= _mark(state.lends_4N[1, lend], mark, marks_R, target, chunk, loads, slots)
+                lend = state.lends_4N[3, lend]
+            if is_near_only:
+                for rank in range(low, high):
+                    if marks_R[rank] != mark and slots[rank] > 0 and target - loads[rank] >= chunk:
+                        size = _insert(loads, candidates, size, rank)
+            elif is_filtered:
+                for index in range(num_helpers):
+                    candidates[size] = helpers[index]
+                    size += 1 if marks_R[helpers[index]] != mark else 0
+            else:
+                size = num_helpers
+                for index in range(num_helpers):
+                    candidates[index] = helpers[index]
             mark += 1
             last = instance
         if size == 0:
@@ -396,26 +441,26 @@ def _relieve(
         state.lends_4N[3, num_lends] = state.first_lend_E[expert]
         state.first_lend_E[expert] = num_lends
         num_lends += 1
-        network_lends += 1 if dst // limits.ranks_per_node != node else 0
+        network_lends += 1 if tables.node_R[dst] != node else 0
         tokens_I[instance] -= count
         num_helpers = _remove(helpers, num_helpers, dst)
         loads[dst] += count
         slots[dst] -= 1
         if slots[dst] and target - loads[dst] >= chunk:
             num_helpers = _insert(loads, helpers, num_helpers, dst)
+        num_over = _remove_last(over, num_over, src)
         loads[src] -= count
-        if loads[src] <= target:
-            num_over -= 1
-            over[src_index] = over[num_over]
-            if slots[src] and target - loads[src] >= chunk:
-                num_helpers = _insert(loads, helpers, num_helpers, src)
+        if loads[src] > target:
+            num_over = _insert_over(loads, over, num_over, src)
+        elif slots[src] and target - loads[src] >= chunk:
+            num_helpers = _insert(loads, helpers, num_helpers, src)
     return loads.max(), num_lends, network_lends
 
 
 # -- costs ---------------------------------------------------------------------------------------------------------
 
 
-@compiled
+@inlined
 def _expert_s(tokens: int, costs: Costs) -> float:
     index = 0
     while index + 1 < len(costs.curve_tokens) and costs.curve_tokens[index + 1] <= tokens:
@@ -424,7 +469,7 @@ def _expert_s(tokens: int, costs: Costs) -> float:
     return float((costs.curve_s[index] + costs.slopes[index] * beyond) * costs.scale)
 
 
-@compiled
+@inlined
 def _fan_out(
     senders: Ints, num_senders: int, receivers: Ints, low: int, high: int, round_: int, hops_3N: Ints, num_hops: int
 ) -> int:
@@ -446,12 +491,19 @@ def _fan_out(
     return num_hops
 
 
-@compiled
+@inlined
 def _relay(
-    expert: int, receivers: Ints, size: int, ranks_per_node: int, tables: Tables, state: State, num_hops: int
+    expert: int,
+    receivers: Ints,
+    size: int,
+    tables: Tables,
+    hops_3N: Ints,
+    num_hops: int,
+    entries: Ints,
+    senders: Ints,
+    holders: Ints,
 ) -> int:
     """Append the relay tree of one expert to the hops; the new number of hops. receivers[:size] increase."""
-    entries, senders, holders = state.work_4R[2], state.work_4R[3], state.busy_4R[0]
     holders[0] = tables.instance_rank_I[expert]
     num_holders = 1
     first, last = _replicas(expert, tables)
@@ -461,42 +513,43 @@ def _relay(
     num_entries = 0
     last_node = -1
     for index in range(size):
-        node = receivers[index] // ranks_per_node
+        node = tables.node_R[receivers[index]]
         if node != last_node:
             last_node = node
             is_held = False
             for place in range(num_holders):
-                is_held |= holders[place] // ranks_per_node == node
+                is_held |= tables.node_R[holders[place]] == node
             if not is_held:
                 entries[num_entries] = receivers[index]
                 num_entries += 1
     entry_hop = num_hops
-    senders[:num_holders] = holders[:num_holders]
-    num_hops = _fan_out(senders, num_holders, entries, 0, num_entries, 0, state.hops_3N, num_hops)
+    for place in range(num_holders):
+        senders[place] = holders[place]
+    num_hops = _fan_out(senders, num_holders, entries, 0, num_entries, 0, hops_3N, num_hops)
     index = entry = 0
     while index < size:
         low = index
-        node = receivers[index] // ranks_per_node
-        while index < size and receivers[index] // ranks_per_node == node:
+        node = tables.node_R[receivers[index]]
+        while index < size and tables.node_R[receivers[index]] == node:
             index += 1
         first_round = num_senders = 0
         if entry < num_entries and entries[entry] == receivers[low]:
             senders[0] = entries[entry]
             num_senders = 1
-            first_round = state.hops_3N[0, entry_hop + entry] + 1
+            first_round = hops_3N[0, entry_hop + entry] + 1
             entry += 1
             low += 1
         else:
             for place in range(num_holders):
-                if holders[place] // ranks_per_node == node:
+                if tables.node_R[holders[place]] == node:
                     senders[num_senders] = holders[place]
                     num_senders += 1
-        num_hops = _fan_out(senders, num_senders, receivers, low, index, first_round, state.hops_3N, num_hops)
+        num_hops = _fan_out(senders, num_senders, receivers, low, index, first_round, hops_3N, num_hops)
     return num_hops
 
 
-@compiled
-def _fill_arrivals(num_hops: int, ranks_per_node: int, costs: Costs, state: State) -> None:
+@inlined
+def _fill_arrivals(num_hops: int, node_R: Ints, costs: Costs, state: State) -> None:
     """Fill times_3R[2] with the time at which each rank has its last lend."""
     arrival_s, hops_3N, busy_4R = state.times_3R[2], state.hops_3N, state.busy_4R
     arrival_s[:] = 0.0
@@ -510,7 +563,7 @@ def _fill_arrivals(num_hops: int, ranks_per_node: int, costs: Costs, state: Stat
         for hop in range(num_hops):
             if hops_3N[0, hop] == round_:
                 src, dst = hops_3N[1, hop], hops_3N[2, hop]
-                port = 0 if src // ranks_per_node == dst // ranks_per_node else 2
+                port = 0 if node_R[src] == node_R[dst] else 2
                 busy_4R[port, src] += 1
                 busy_4R[port + 1, dst] += 1
                 most = max(busy_4R[port, src], busy_4R[port + 1, dst])
@@ -532,12 +585,12 @@ def _fill_arrivals(num_hops: int, ranks_per_node: int, costs: Costs, state: Stat
 
 
 @compiled
-def _predicted_s(ranks_per_node: int, start: Start, costs: Costs, tables: Tables, state: State) -> float:
+def _predicted_s(start: Start, costs: Costs, tables: Tables, state: State) -> float:
     """Seconds of the layer under the last attempt."""
     own_s, lent_s, arrival_s = state.times_3R[0], state.times_3R[1], state.times_3R[2]
     own_s[:] = 0.0
     lent_s[:] = 0.0
-    receivers = state.work_4R[0]
+    receivers, entries, senders, holders = state.work_4R[0], state.work_4R[1], state.work_4R[2], state.work_4R[3]
     num_hops = 0
     for expert in range(len(state.first_lend_E)):
         first, last = _replicas(expert, tables)
@@ -561,8 +614,8 @@ def _predicted_s(ranks_per_node: int, start: Start, costs: Costs, tables: Tables
             lent_s[rank] += _expert_s(state.lends_4N[2, lend], costs)
             lend = state.lends_4N[3, lend]
         if size:
-            num_hops = _relay(expert, receivers, size, ranks_per_node, tables, state, num_hops)
-    _fill_arrivals(num_hops, ranks_per_node, costs, state)
+            num_hops = _relay(expert, receivers, size, tables, state.hops_3N, num_hops, entries, senders, holders)
+    _fill_arrivals(num_hops, tables.node_R, costs, state)
     step_s = 0.0
     for rank in range(len(own_s)):
         wait_s = max(arrival_s[rank] - costs.figures[5] * own_s[rank], 0.0)
@@ -573,9 +626,9 @@ def _predicted_s(ranks_per_node: int, start: Start, costs: Costs, tables: Tables
 # -- segments ------------------------------------------------------------------------------------------------------
 
 
-@compiled
+@inlined
 def _positions(counts_RE: Ints, experts: Ints, num_split: int) -> Ints:
-    """Where each rank's tokens start in the global order of some experts' tokens, and where the last end: [experts, R + 1].
+    """Where each rank's tokens start in the global order of some experts' tokens: [experts, R + 1].
 
     Eight ranks at a time: the column of one expert by itself would miss the cache with each rank.
     """
@@ -593,9 +646,9 @@ def _positions(counts_RE: Ints, experts: Ints, num_split: int) -> Ints:
     return positions
 
 
-@compiled
+@inlined
 def _split_experts(tables: Tables, state: State, experts: Ints) -> tuple[int, int]:
-    """Fill `experts` with those computed by more than one rank; their number, and that of their (expert, rank) pairs."""
+    """Fill `experts` with those that several ranks compute; their number, and that of their (expert, rank) pairs."""
     num_split = num_shares = 0
     for expert in range(len(state.first_lend_E)):
         count = 0
@@ -622,9 +675,24 @@ def _cut(counts_RE: Ints, ranks_per_node: int, tables: Tables, state: State) -> 
     # A rank has at most 3 pieces (own, near, far), and each own or near piece cuts another in two.
     segments = np.empty((num_experts + 8 * num_shares, 4), dtype=np.int64)
     size = split_index = 0
+    ranks, share, near, far = state.work_4R[0], state.work_4R[1], state.work_4R[2], state.work_4R[3]
+    own = state.busy_4R[0]
     for expert in range(num_experts):
         if split_index < num_split and split[split_index] == expert:
-            size = _cut_expert(expert, positions[split_index], ranks_per_node, tables, state, segments, size)
+            size = _cut_expert(
+                expert,
+                positions[split_index],
+                ranks_per_node,
+                tables,
+                state,
+                segments,
+                size,
+                ranks,
+                share,
+                near,
+                far,
+                own,
+            )
             split_index += 1
             continue
         first, last = _replicas(expert, tables)
@@ -636,18 +704,30 @@ def _cut(counts_RE: Ints, ranks_per_node: int, tables: Tables, state: State) -> 
         if lend >= 0:
             rank, tokens = state.lends_4N[1, lend], state.lends_4N[2, lend]
         if tokens:
-            segments[size] = (expert, rank, 0, tokens)
+            segments[size, 0] = expert
+            segments[size, 1] = rank
+            segments[size, 2] = 0
+            segments[size, 3] = tokens
             size += 1
     return segments[:size].copy()
 
 
-@compiled
+@inlined
 def _cut_expert(
-    expert: int, positions: Ints, ranks_per_node: int, tables: Tables, state: State, segments: Ints, size: int
+    expert: int,
+    positions: Ints,
+    ranks_per_node: int,
+    tables: Tables,
+    state: State,
+    segments: Ints,
+    size: int,
+    ranks: Ints,
+    share: Ints,
+    near: Ints,
+    far: Ints,
+    own: Ints,
 ) -> int:
     """Append the segments of an expert that several ranks compute; the new number of segments."""
-    ranks, share, near, far = state.work_4R[0], state.work_4R[1], state.work_4R[2], state.work_4R[3]
-    own = state.busy_4R[0]
     num_ranks = 0
     first, last = _replicas(expert, tables)
     for index in range(first - 1, last):
@@ -663,10 +743,10 @@ def _cut_expert(
     ep_size = len(positions) - 1
     low = 0
     while low < num_ranks:
-        node = ranks[low] // ranks_per_node
+        node = tables.node_R[ranks[low]]
         free = positions[min((node + 1) * ranks_per_node, ep_size)] - positions[node * ranks_per_node]
         high = low
-        while high < num_ranks and ranks[high] // ranks_per_node == node:
+        while high < num_ranks and tables.node_R[ranks[high]] == node:
             rank = ranks[high]
             own[rank] = min(share[rank], positions[rank + 1] - positions[rank])
             free -= own[rank]
@@ -688,7 +768,7 @@ def _cut_expert(
         next_own = positions[ranks[own_index]] if own_index < num_ranks else positions[ep_size]
         next_near = positions[ep_size]
         if near_index < num_ranks:
-            next_near = positions[ranks[near_index] // ranks_per_node * ranks_per_node]
+            next_near = positions[tables.node_R[ranks[near_index]] * ranks_per_node]
         if own_index < num_ranks and next_own == position:
             rank = ranks[own_index]
             count = own[rank]
@@ -705,11 +785,17 @@ def _cut_expert(
             far[rank] -= count
         if rank != current:
             if position > start:
-                segments[size] = (expert, current, start, position)
+                segments[size, 0] = expert
+                segments[size, 1] = current
+                segments[size, 2] = start
+                segments[size, 3] = position
                 size += 1
             current, start = rank, position
         position += count
-    segments[size] = (expert, current, start, position)
+    segments[size, 0] = expert
+    segments[size, 1] = current
+    segments[size, 2] = start
+    segments[size, 3] = position
     return size + 1
 
 
@@ -766,11 +852,11 @@ def _plan(
     is_node_scope: bool,
     is_decode: bool,
 ) -> tuple[int, Ints, float]:
-    """(index of the decision, segments, predicted gain in seconds). No curve: no costs. NEGATIVE: a count is negative."""
+    """(index of the decision, segments, predicted gain in seconds). Without a curve: no costs."""
     ep_size, num_experts = counts_RE.shape
     tokens_E = np.empty(num_experts, dtype=np.int64)
     if not _sum_counts(counts_RE, tokens_E):
-        return NEGATIVE, np.empty((0, 4), dtype=np.int64), 0.0
+        return REFUSED, np.empty((0, 4), dtype=np.int64), 0.0
     plain = np.zeros(ep_size, dtype=np.int64)
     for expert in range(num_experts):
         plain[instance_rank_I[expert]] += tokens_E[expert]
@@ -782,8 +868,9 @@ def _plan(
         return BALANCED, _home(tokens_E, instance_rank_I), 0.0
 
     has_costs = len(curve_s) > 0
-    tables = Tables(instance_expert_I, instance_rank_I, rank_starts, rank_instances, replica_starts)
-    limits = Limits(chunk, most_lends, ranks_per_node, is_node_scope)
+    node_R = np.arange(ep_size) // ranks_per_node
+    tables = Tables(instance_expert_I, instance_rank_I, rank_starts, rank_instances, replica_starts, node_R)
+    limits = Limits(chunk, most_lends, ranks_per_node, is_node_scope and ranks_per_node < ep_size)
     size_bytes = bytes_per_expert if bytes_per_expert else expert_bytes
     start_s_I = np.zeros(len(instance_rank_I), dtype=np.float64)
     costs = Costs(curve_tokens, curve_s, slopes, figures, start_s_I, size_bytes / expert_bytes, size_bytes)
@@ -803,103 +890,162 @@ def _plan(
     _sort_by(loads, by_load, ep_size)
     start = Start(loads, lend_slots, tokens_I, by_load)
     num_lends = min(most_lends, lend_slots.sum())
-    state = State(
-        loads.copy(),
-        lend_slots.copy(),
-        plain_tokens_I,
-        np.full(num_experts, -1, dtype=np.int64),
-        np.empty((4, num_lends), dtype=np.int64),
-        np.empty((3, num_lends), dtype=np.int64),
-        np.empty((3, ep_size), dtype=np.float64),
-        work_4R,
-        busy_4R,
-        np.zeros(ep_size, dtype=np.int64),
+    hops_3N, times_3R = np.empty((3, num_lends), dtype=np.int64), np.empty((3, ep_size), dtype=np.float64)
+    no_keys_R = np.zeros(ep_size, dtype=np.int64)
+    states = (
+        State(
+            loads.copy(),
+            lend_slots.copy(),
+            plain_tokens_I,
+            np.full(num_experts, -1, dtype=np.int64),
+            np.empty((4, num_lends), dtype=np.int64),
+            hops_3N,
+            times_3R,
+            work_4R,
+            busy_4R,
+            no_keys_R,
+        ),
+        State(
+            loads.copy(),
+            lend_slots.copy(),
+            tokens_I.copy(),
+            np.full(num_experts, -1, dtype=np.int64),
+            np.empty((4, num_lends), dtype=np.int64),
+            hops_3N,
+            times_3R,
+            work_4R,
+            busy_4R,
+            no_keys_R,
+        ),
     )
-
-    # The state holds plain EP now. Columns of `tried`, one per attempt, 0 the one without lends: target, way, in node
-    # first, maximum load, lends, lends across nodes.
-    plain_s = _predicted_s(ranks_per_node, start, costs, tables, state) if has_costs else 0.0
-    best_s, best = plain_s, -1
-    tried = np.zeros((6, MAX_ATTEMPTS), dtype=np.int64)
-    tried[3, 0] = loads.max()
-    num_tried, current = 1, -1
+    tried = Tried(np.zeros((6, MAX_ATTEMPTS), dtype=np.int64), np.array([-1, 0]), np.array([1]))
+    tried.columns[3, 0] = loads.max()
+    # The first state holds plain EP, the second one the attempt without lends.
+    plain_s = best_s = 0.0
+    best = 0
     if has_costs:
-        state.tokens_I[:] = tokens_I
-        seconds = _predicted_s(ranks_per_node, start, costs, tables, state) + figures[6]
-        if seconds < best_s and tried[3, 0] < plain_worst:
+        plain_s = best_s = _predicted_s(start, costs, tables, states[0])
+        best = -1
+        seconds = _predicted_s(start, costs, tables, states[1]) + figures[6]
+        if seconds < best_s and tried.columns[3, 0] < plain_worst:
             best_s, best = seconds, 0
-    if has_costs or not is_decode:
-        # Search: at the target, else at the lowest load that is reached.
-        level, low, high = target, target, np.int64(-1)
-        while True:
-            reached = np.int64(-1)
-            for way in (FIT, REFILL, SCARCE):
-                worst, lends, far = _relieve(level, way, False, start, limits, tables, state)
-                current = num_tried
-                tried[:, current] = (level, way, 0, worst, lends, far)
-                num_tried += 1
-                if reached < 0 or worst < reached:
-                    reached = worst
-                if worst <= level:
-                    break
-            high = reached if high < 0 else min(high, reached)
-            if reached > level:
-                low = level
-            if high <= target or high - low <= max(1, target // SEARCH_STEP):
-                break
-            level = (low + high) // 2
+    is_asked = has_costs or not is_decode
+    if is_asked:
         is_far = not is_node_scope and ranks_per_node < ep_size
-        if is_far:
-            worst, lends, far = _relieve(max(high, target), FIT, True, start, limits, tables, state)
-            current = num_tried
-            tried[:, current] = (max(high, target), FIT, 1, worst, lends, far)
-            num_tried += 1
-        lowest = _fewest(tried, num_tried, target)
-        if not has_costs:
-            best = lowest
+        lowest = _search(target, is_far and not has_costs, tried, start, limits, tables, states)
+        if has_costs:
+            best, best_s = _cheapest(
+                lowest, is_far, plain_worst, best, best_s, tried, start, limits, costs, tables, states
+            )
         else:
-            num_candidates = num_tried
-            for rung in range(-2, len(RUNGS_16)):
-                number = lowest if rung == -2 else num_candidates - 1
-                if rung == -1 and (not is_far or number == lowest):
-                    continue
-                if rung >= 0:
-                    number = num_tried
-                    level = tried[3, lowest] + (tried[3, 0] - tried[3, lowest]) * RUNGS_16[rung] // 16
-                    if level * (figures[7] * costs.scale) >= best_s:
-                        break
-                    tried[:, number] = (level, FIT, 1 if is_far else 0, 0, 0, 0)
-                    num_tried += 1
-                if number != current:
-                    tried[3:, number] = _run(tried, number, start, limits, tables, state)
-                    current = number
-                seconds = _predicted_s(ranks_per_node, start, costs, tables, state) + figures[6]
-                if seconds < best_s and tried[3, number] < plain_worst:
-                    best_s, best = seconds, number
-    elif not has_costs:
-        best = 0
-
-    if best < 0 or tried[3, best] >= plain_worst:
-        reason = NO_GAIN
-        if has_costs or not is_decode:
-            reason = _refusal(plain, total, slots_R, lend_slots, most_lends)
+            best = lowest
+    if best < 0 or tried.columns[3, best] >= plain_worst:
+        reason = _refusal(plain, total, slots_R, lend_slots, most_lends) if is_asked else NO_GAIN
         return reason, _home(tokens_E, instance_rank_I), 0.0
-    if best != current:
-        _run(tried, best, start, limits, tables, state)
+    state = states[_held(best, -1, tried, start, limits, tables, states)]
     segments = _cut(counts_RE, ranks_per_node, tables, state)
-    return LEND if tried[4, best] else REPLICA, segments, plain_s - best_s
+    return LEND if tried.columns[4, best] else REPLICA, segments, plain_s - best_s
 
 
 @compiled
-def _run(tried: Ints, number: int, start: Start, limits: Limits, tables: Tables, state: State) -> tuple[int, int, int]:
-    """Make an attempt again by its number; 0 lends nothing."""
+def _try(
+    target: int,
+    way: int,
+    in_node_first: bool,
+    kept: int,
+    tried: Tried,
+    start: Start,
+    limits: Limits,
+    tables: Tables,
+    states: tuple[State, State],
+) -> int:
+    """Make an attempt in a state that does not hold the attempt `kept`; its number."""
+    number = tried.size[0]
+    tried.size[0] += 1
+    tried.columns[0, number], tried.columns[1, number], tried.columns[2, number] = target, way, in_node_first
+    _held(number, kept, tried, start, limits, tables, states)
+    return int(number)
+
+
+@compiled
+def _held(
+    number: int, kept: int, tried: Tried, start: Start, limits: Limits, tables: Tables, states: tuple[State, State]
+) -> int:
+    """Index of the state that holds the attempt; if none does it is made (again), but not over the attempt `kept`."""
+    for index in range(2):
+        if tried.held[index] == number:
+            return index
+    index = 1 if tried.held[0] == kept else 0
+    tried.held[index] = number
     if number == 0:
-        state.loads[:] = start.loads
-        state.tokens_I[:] = start.tokens_I
-        state.first_lend_E[:] = -1
-        return tried[3, 0], 0, 0
-    target, way, in_node_first = tried[0, number], tried[1, number], tried[2, number] > 0
-    return _relieve(target, way, in_node_first, start, limits, tables, state)
+        states[index].loads[:] = start.loads
+        states[index].tokens_I[:] = start.tokens_I
+        states[index].first_lend_E[:] = -1
+        return index
+    target, way, in_node_first = tried.columns[0, number], tried.columns[1, number], tried.columns[2, number] > 0
+    worst, lends, far = _relieve(target, way, in_node_first, start, limits, tables, states[index])
+    tried.columns[3, number], tried.columns[4, number], tried.columns[5, number] = worst, lends, far
+    return index
+
+
+@compiled
+def _search(
+    target: int,
+    is_far: bool,
+    tried: Tried,
+    start: Start,
+    limits: Limits,
+    tables: Tables,
+    states: tuple[State, State],
+) -> int:
+    """The attempt with the fewest lends at the target, else at the lowest load that is reached."""
+    level, low, high = target, target, NO_LIMIT
+    while True:
+        reached = NO_LIMIT
+        for way in (FIT, REFILL, SCARCE):
+            worst = tried.columns[3, _try(level, way, False, -1, tried, start, limits, tables, states)]
+            reached = min(reached, worst)
+            if worst <= level:
+                break
+        high = min(high, reached)
+        if reached > level:
+            low = level
+        if high <= target or high - low <= max(1, target // SEARCH_STEP):
+            break
+        level = (low + high) // 2
+    if is_far:
+        _try(max(high, target), FIT, True, tried.size[0] - 1, tried, start, limits, tables, states)
+    return _fewest(tried.columns, tried.size[0], target)
+
+
+@compiled
+def _cheapest(
+    lowest: int,
+    is_far: bool,
+    plain_worst: int,
+    best: int,
+    best_s: float,
+    tried: Tried,
+    start: Start,
+    limits: Limits,
+    costs: Costs,
+    tables: Tables,
+    states: tuple[State, State],
+) -> tuple[int, float]:
+    """The attempt with the shortest predicted time, and the time: among the best so far, `lowest` and higher ones."""
+    reached, worst = tried.columns[3, lowest], tried.columns[3, 0]
+    number = lowest
+    for rung in range(-1, len(RUNGS_16)):
+        if rung >= 0:
+            level = reached + (worst - reached) * RUNGS_16[rung] // 16
+            if level * (costs.figures[7] * costs.scale) >= best_s:
+                break
+            number = _try(level, FIT, is_far, best, tried, start, limits, tables, states)
+        state = states[_held(number, best, tried, start, limits, tables, states)]
+        seconds = _predicted_s(start, costs, tables, state) + costs.figures[6]
+        if seconds < best_s and tried.columns[3, number] < plain_worst:
+            best_s, best = seconds, number
+    return best, best_s
 
 
 @compiled
@@ -924,7 +1070,7 @@ def _fewest(tried: Ints, num_tried: int, target: int) -> int:
 
 
 def plan_quota(counts_RE: Ints, placement: Placement, options: PlanOptions) -> Plan:
-    """The same plan as `quota.plan_quota`'s. counts_RE: int64, C order; ValueError for a count below 0."""
+    """The same plan as `quota.plan_quota`'s. counts_RE: int64, C order, writeable (one type, so compiled once)."""
     arrays, model = placement.arrays, options.cost_model
     curve_tokens, curve_s, slopes, figures, expert_bytes = NO_COSTS if model is None else _costs(model)
     number, segments, gain_s = _plan(
@@ -936,8 +1082,8 @@ def plan_quota(counts_RE: Ints, placement: Placement, options: PlanOptions) -> P
         slopes,
         figures,
         expert_bytes,
-        options.imbalance_threshold,
-        options.capacity_factor,
+        float(options.imbalance_threshold),
+        float(options.capacity_factor),
         options.min_chunk_tokens,
         options.bytes_per_expert,
         max_lends(options),
@@ -945,8 +1091,8 @@ def plan_quota(counts_RE: Ints, placement: Placement, options: PlanOptions) -> P
         options.lend_scope == "node",
         options.phase == "decode",
     )
-    if number == NEGATIVE:
-        raise ValueError(f"counts must be >= 0, got {counts_RE.min()}")
+    if number == REFUSED:
+        refuse_counts(counts_RE)
     ranks_per_node = options.ranks_per_node if number in (LEND, REPLICA) else None
     return Plan(DECISIONS[number], placement, segments, ranks_per_node=ranks_per_node, predicted_gain_s=gain_s)
 
@@ -958,9 +1104,8 @@ def _costs(model: CostModel) -> tuple[Ints, Floats, Floats, Floats, int]:
     return model.curve_tokens, model.curve_s, model.curve_slopes, model.figures, model.expert_bytes
 
 
-def warm_up() -> float:
-    """Compile, or load what an earlier start left on disk; seconds it took. Call it at start, never in a request."""
-    began_s = time.perf_counter()
+def warm_up() -> None:
+    """Compile, or load what an earlier start left on disk. From then on nothing is compiled any more."""
     counts_RE = np.array([[8, 0], [8, 0]], dtype=np.int64)
     plan_quota(counts_RE, Placement.linear(2, 2, 1), PlanOptions(min_chunk_tokens=1))
-    return time.perf_counter() - began_s
+    cast(Any, _plan).disable_compile()

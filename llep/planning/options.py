@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llep.cost import CostModel
 
 NO_LIMIT = 1 << 62
+MAX_COUNT = (1 << 31) - 1  # so that no sum or product of counts leaves 64 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,14 @@ def lend_slots(placement: Placement, options: PlanOptions) -> list[int]:
 def max_lends(options: PlanOptions) -> int:
     """Most lends in one plan by max_lend_bytes."""
     return options.max_lend_bytes // options.bytes_per_expert if options.max_lend_bytes else NO_LIMIT
+
+
+def refuse_counts(counts_RE: npt.NDArray[np.int64]) -> None:
+    """ValueError naming the first count that is out of range, if one is."""
+    if counts_RE.size and not 0 <= counts_RE.min() <= counts_RE.max() <= MAX_COUNT:
+        rank, expert = np.argwhere((counts_RE < 0) | (counts_RE > MAX_COUNT))[0]
+        count = counts_RE[rank, expert]
+        raise ValueError(f"counts must be in 0..{MAX_COUNT}, got {count} from rank {rank} to expert {expert}")
 
 
 def refusal(plain: Sequence[int], placement: Placement, options: PlanOptions) -> Decision:

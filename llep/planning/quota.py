@@ -27,9 +27,9 @@ LOOSE_RATIO, TIGHT_RATIO = 1.3, 1.5
 # The search for a reachable load ends when its bounds are within 1/128 of the target.
 SEARCH_STEP = 128
 # Rounds of levelling over resident replicas: load moves one replica further in each.
-LEVEL_ROUNDS = 8
+LEVEL_ROUNDS = 4
 # With costs, higher loads are tried too, these 16ths of the way back to the load before, while they can be faster.
-RUNGS = (1, 2, 4, 8, 12)
+RUNGS = (1, 3, 8)
 
 Shares = list[dict[int, int]]  # by expert: tokens by rank
 
@@ -166,7 +166,7 @@ def search(task: Task, target: int) -> list[Attempt]:
         high = min(high, reached)
         if reached > middle:
             low = middle
-    if has_far_helpers(task):
+    if has_far_helpers(task) and task.options.cost_model is None:
         attempts.append(relieve(task, max(high, target), Way.FIT, in_node_first=True))
     return attempts
 
@@ -312,8 +312,6 @@ def cheapest(task: Task, target: int, free: Attempt, plain: Attempt) -> tuple[At
     lowest = fewest(attempts, target)
     consider(lowest)
     is_far = has_far_helpers(task)
-    if is_far and lowest is not attempts[-1]:
-        consider(attempts[-1])
     reached, worst = max(lowest.loads), max(task.loads)
     token_s = model.least_token_s * model.scale(task.options.bytes_per_expert)
     for rung in RUNGS:

@@ -192,7 +192,8 @@ def test_an_empty_batch_is_an_empty_plan(planner: str) -> None:
     ("counts", "message"),
     [
         (np.zeros((2, 3), np.int64), r"shape \(ranks, experts\) = \(2, 4\)"),
-        (np.array([[0, 0, 0, 0], [0, 0, -3, 0]]), "-3 from rank 1 to expert 2"),
+        (np.array([[0, 0, 0, 0], [0, 0, -3, 0]]), r"in 0\.\.2147483647, got -3 from rank 1 to expert 2"),
+        (np.full((2, 4), 2**31), r"in 0\.\.2147483647, got 2147483648 from rank 0 to expert 0"),
         (np.full((2, 4), np.nan), "integers, got dtype float64"),
         (np.zeros((2, 4)), "integers"),
     ],
