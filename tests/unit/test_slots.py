@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -39,3 +41,12 @@ def test_refusals_name_the_value_and_the_way_out() -> None:
         LendingPool.reserve(WEIGHTS, 4, budget_bytes=10)
     with pytest.raises(UnsupportedConfiguration, match="slots_per_rank=5 is above the 4 local experts"):
         LendingPool.reserve(WEIGHTS, 5)
+
+
+def test_a_pool_is_in_use_at_once_so_that_the_kv_cache_is_sized_with_it() -> None:
+    def used_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = used_bytes()
+    pool = LendingPool.reserve({"w": torch.ones(64, 256, 256)}, 64)
+    assert used_bytes() - before > 0.9 * pool.bytes > 10e6

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +60,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(model: Path, *flags: str, log: Path, env: dict[str, str] | None = None) -> Iterator[Engine]:
-    """Serve `model` until the block ends, then end every process that was started."""
+def serving(model: Path, *flags: str, log: Path, env: Mapping[str, str | None] | None = None) -> Iterator[Engine]:
+    """Serve `model` until the block ends, then end every process that was started. None in `env` unsets a variable."""
     port = free_port()
     ranks = 2 if "--enable-expert-parallel" in flags else 1
     environment = {
@@ -71,6 +71,7 @@ def serving(model: Path, *flags: str, log: Path, env: dict[str, str] | None = No
         "HF_HUB_OFFLINE": "1",
         **(env or {}),
     }
+    environment = {key: value for key, value in environment.items() if value is not None}
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
         *("--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
