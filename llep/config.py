@@ -33,6 +33,9 @@ class Mode(StrEnum):
 
 
 class Planner(StrEnum):
+    """quota: llep's own; least_loaded: the paper's; home: plain EP."""
+
+    QUOTA = "quota"
     LEAST_LOADED = "least_loaded"
     HOME = "home"
 
@@ -103,7 +106,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     mode: Mode = _hot(Mode.ACTIVE, "off, observe (count only), shadow (plan, move nothing) or active")
-    planner: Planner = _hot(Planner.LEAST_LOADED, "who decides the step plans; home is plain EP")
+    planner: Planner = _hot(
+        Planner.QUOTA, "who decides the step plans: quota (fewest lends), least_loaded (the paper's) or home (plain EP)"
+    )
     imbalance_threshold: float = _hot(
         1.3, "lambda: max / mean of rank loads from which a layer is balanced; raising it balances less", ge=1, le=100
     )
