@@ -45,6 +45,7 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements.lock \
 	  || { echo "No CPU build of torch? Name PyTorch's index of CPU wheels in PIP_EXTRA_INDEX_URL and try again."; exit 1; }
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -c 'from llep.planning import warm_up; warm_up()'
 	touch $@
 
 # A new requirements.lock from the ranges in pyproject.toml.

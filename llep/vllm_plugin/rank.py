@@ -32,6 +32,7 @@ from llep.moe.transport import Transport
 from llep.moe.window import LoadWindow
 from llep.placement import Placement
 from llep.plan import Decision, Plan
+from llep.planning import warm_up
 from llep.planning.home import plan_home
 from llep.planning.policy import Step, decide, may_plan
 from llep.vllm_plugin.courier import AgentProcess, Courier
@@ -84,6 +85,7 @@ class Rank:
         self._current: RankStep | None = None
         self._report_seq = 0
         self._has_lent = False
+        warm_up()  # compiles the planners on a machine's first start, and takes them from the cache afterwards
         group = get_ep_group()
         self._transport = Transport(group.ranks, group.device, settings.watchdog_s)
         seed = torch.tensor([secrets.randbits(62)], dtype=torch.int64, device=group.device)

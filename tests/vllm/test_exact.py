@@ -52,12 +52,14 @@ def gpt_oss_on_one_rank(gpt_oss: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.parametrize(
-    "flags", [(*TP_EP, "--enforce-eager"), TP_EP, (*DP_EP, "--enforce-eager")], ids=["tp-eager", "tp-compiled", "dp"]
+    ("flags", "planner"),
+    [((*TP_EP, "--enforce-eager"), "quota"), (TP_EP, "least_loaded"), ((*DP_EP, "--enforce-eager"), "least_loaded")],
+    ids=["tp-eager", "tp-compiled", "dp"],
 )
 def test_gpt_oss_equals_one_rank(
-    gpt_oss: Path, gpt_oss_on_one_rank: list[Reply], flags: tuple[str, ...], tmp_path: Path
+    gpt_oss: Path, gpt_oss_on_one_rank: list[Reply], flags: tuple[str, ...], planner: str, tmp_path: Path
 ) -> None:
-    found = replies(gpt_oss, tmp_path / "vllm.log", *flags, env=BALANCING)
+    found = replies(gpt_oss, tmp_path / "vllm.log", *flags, env={**BALANCING, "LLEP_PLANNER": planner})
     assert_equal(found, gpt_oss_on_one_rank)
     log = (tmp_path / "vllm.log").read_text()
     assert LENT in log
