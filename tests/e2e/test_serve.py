@@ -1,0 +1,350 @@
+"""The whole of llep as a user runs it: `llep serve` on a skewed model, balanced, seen, steered, hurt and ended."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from llep.tiny_models import write_tiny_model
+from tests.e2e.processes import Process, kill_all
+from tests.e2e.stack import EAGER_TO_LEND, TP_EP, VLLM, Stack, Traffic, listens, wait_for
+
+pytestmark = pytest.mark.e2e
+
+LAYERS, TOP_K = 4, 4
+BACK_WITHIN_S = 30.0
+WORDS = "def return the a model token expert rank load plan of to lend spill fox dog over lazy quick brown".split()
+PROBE = "A plan says which rank computes which tokens of each expert, and who sends weights to whom. " * 3
+
+
+class Client:
+    """The openai client, adding up the tokens that went through the model."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._openai = OpenAI(base_url=f"{stack.api}/v1", api_key="none", timeout=60, max_retries=0)
+        self._lock = threading.Lock()
+        self.tokens = 0
+
+    def complete(self, prompt: str, max_tokens: int = 1, **more: Any) -> str:
+        """The greedy continuation, as long as asked for."""
+        more = {"temperature": 0, "extra_body": {"ignore_eos": True}, **more}
+        answer = self._openai.completions.create(model="model", prompt=prompt, max_tokens=max_tokens, **more)
+        self._count(answer.usage)
+        return answer.choices[0].text
+
+    def stream(self, prompt: str, max_tokens: int) -> list[str]:
+        answer = self._openai.completions.create(
+            **{"model": "model", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0},
+            **{"stream": True, "stream_options": {"include_usage": True}, "extra_body": {"ignore_eos": True}},
+        )
+        *chunks, last = answer
+        self._count(last.usage)
+        return [chunk.choices[0].text for chunk in chunks]
+
+    def chat(self, content: str, max_tokens: int) -> Any:
+        answer = self._openai.chat.completions.create(
+            model="model", messages=[{"role": "user", "content": content}], max_tokens=max_tokens, temperature=0
+        )
+        self._count(answer.usage)
+        return answer.choices[0]
+
+    def stream_chat(self, content: str, max_tokens: int) -> str:
+        answer = self._openai.chat.completions.create(
+            **{"model": "model", "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens},
+            **{"temperature": 0, "stream": True, "stream_options": {"include_usage": True}},
+        )
+        *chunks, last = answer
+        self._count(last.usage)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    def _count(self, usage: Any) -> None:
+        # The last token is given out, but not fed back.
+        with self._lock:
+            self.tokens += usage.prompt_tokens + usage.completion_tokens - 1
+
+
+def prompts(count: int, words: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=words)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """With a path short enough for the unix sockets in it."""
+    folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Path:
+    """About 93% of the pairs go to experts 0-7, which live on rank 0."""
+    return write_tiny_model("gpt-oss", folder / "model", hot=tuple(range(8)), hot_share=0.93, layers=LAYERS).directory
+
+
+@pytest.fixture(scope="module")
+def stack(model: Path, folder: Path) -> Iterator[Stack]:
+    with Stack(model, folder, *TP_EP, *VLLM, **EAGER_TO_LEND) as stack:
+        stack.wait_until_serving()
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def client(stack: Stack) -> Client:
+    return Client(stack)
+
+
+@pytest.fixture(scope="module")
+def expected(client: Client) -> str:
+    """What the model says to PROBE, at first."""
+    return client.complete(PROBE, max_tokens=12)
+
+
+def by_rank(stack: Stack, name: str) -> list[int]:
+    found = stack.metrics()[name]
+    return [int(found[("ep_rank", str(rank)),]) for rank in range(2)]
+
+
+def decisions(stack: Stack, decision: str) -> int:
+    return int(stack.metrics()["llep_plan_decisions_total"][("decision", decision),])
+
+
+def lends(stack: Stack) -> int:
+    return int(sum(stack.metrics()["llep_lends_total"].values())) // 2  # each is sent and received
+
+
+def is_all_counted(stack: Stack, client: Client) -> bool:
+    return sum(by_rank(stack, "llep_rank_routed_tokens_total")) == client.tokens * TOP_K * LAYERS
+
+
+def assert_counts_are_exact(stack: Stack, client: Client) -> None:
+    """Every pair of every real token is counted once, and nothing else: no padding, dummy or profiling step."""
+    wait_for(lambda: sum(by_rank(stack, "llep_rank_routed_tokens_total")) >= client.tokens * TOP_K * LAYERS, 10)
+    routed, computed = (by_rank(stack, f"llep_rank_{which}_tokens_total") for which in ("routed", "computed"))
+    assert sum(routed) == sum(computed) == client.tokens * TOP_K * LAYERS
+
+
+def test_prefills_are_balanced(stack: Stack, client: Client) -> None:
+    for prompt in prompts(6, words=150):
+        client.complete(prompt)
+    loads = wait_for(lambda: (loads := stack.loads())["tokens"] >= client.tokens and loads, 10)
+    assert loads["tokens"] == client.tokens
+    assert 1.7 < loads["imbalance_ratio_before"] <= 2.0
+    assert 1.0 <= loads["imbalance_ratio_after"] < 1.1
+    assert loads["lends"] > 0
+    first, second = loads["ranks"]
+    assert first["routed_tokens"] > 5 * second["routed_tokens"]
+    assert first["computed_tokens"] < 1.2 * second["computed_tokens"]
+    metrics = stack.metrics()
+    for stage in ("before", "after"):
+        total, count = (metrics[f"llep_imbalance_ratio_{part}"][("stage", stage),] for part in ("sum", "count"))
+        assert total / count == pytest.approx(loads[f"imbalance_ratio_{stage}"])
+
+
+def test_completions_and_chat_streamed_and_not(client: Client, expected: str) -> None:
+    chunks = client.stream(PROBE, max_tokens=12)
+    assert "".join(chunks) == expected
+    assert len(chunks) > 6
+    said = client.chat("Which experts are hot?", max_tokens=24)
+    assert said.finish_reason in ("length", "stop")
+    assert said.message.content or said.finish_reason == "stop"
+    assert client.stream_chat("Which experts are hot?", max_tokens=24) == (said.message.content or "")
+
+
+def test_every_token_is_counted_once(stack: Stack, client: Client) -> None:
+    stack.patch(metrics_level="layer_rank")
+    lengths = [1, 2, 7, 30, 64, 3, 90, 1, 11, 40]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda job: client.complete(*job), zip(prompts(10, words=120, seed=1), lengths, strict=True)))
+    assert_counts_are_exact(stack, client)
+    by_layer = stack.metrics()["llep_layer_rank_computed_tokens_total"]
+    for layer in map(str, range(LAYERS)):
+        computed = [by_layer[("ep_rank", str(rank)), ("layer", layer)] for rank in range(2)]
+        assert sum(computed) == client.tokens * TOP_K
+    assert len(by_layer) == 2 * LAYERS
+    time.sleep(2.0)  # an idle engine counts nothing
+    assert_counts_are_exact(stack, client)
+
+
+def test_threshold_stops_and_starts_lending(stack: Stack, client: Client, expected: str) -> None:
+    change = stack.patch(imbalance_threshold=100)
+    assert change["diff"] == {"imbalance_threshold": [1.3, 100.0]}
+    assert client.complete(PROBE, max_tokens=12) == expected
+    wait_for(lambda: is_all_counted(stack, client), 10)
+    assert stack.engine()["live_revision"] == change["revision"]
+    lent, balanced = lends(stack), decisions(stack, "balanced")
+    for prompt in prompts(3, words=100, seed=2):
+        client.complete(prompt)
+    wait_for(lambda: is_all_counted(stack, client), 10)
+    assert lends(stack) == lent
+    assert decisions(stack, "balanced") == balanced + 3 * LAYERS
+    stack.patch(imbalance_threshold=1.05)
+    assert client.complete(PROBE, max_tokens=12) == expected
+    wait_for(lambda: is_all_counted(stack, client), 10)
+    assert lends(stack) > lent
+    assert decisions(stack, "balanced") == balanced + 3 * LAYERS
+
+
+def test_command_line(stack: Stack) -> None:
+    status = stack.llep_json("status")
+    assert [check["ok"] for check in status["checks"]] == [True] * 4, status["checks"]
+    assert status["engines"][0]["state"] == "live"
+    (loads,) = stack.llep_json("loads", "ranks")
+    assert [rank["rank"] for rank in loads["ranks"]] == [0, 1]
+    changed = stack.llep_json("settings", "set", "capacity_factor=1.2", "--reason", "a test")
+    assert changed["diff"] == {"capacity_factor": [1.0, 1.2]}
+    (setting,) = stack.llep_json("settings", "get", "capacity_factor")["settings"]
+    assert (setting["value"], setting["source"]) == (1.2, f"revision {changed['revision']}")
+    assert stack.llep_json("settings", "set", "capacity_factor=null")["diff"] == {"capacity_factor": [1.2, 1.0]}
+    for command in ("status", "loads ranks", "settings get"):
+        assert "model" in stack.llep(*command.split()) or "imbalance_threshold" in stack.llep(*command.split())
+
+
+def test_mode_goes_back_by_itself(stack: Stack, client: Client, expected: str) -> None:
+    def mode() -> str:
+        return str(stack.engine()["mode"])
+
+    stack.llep("mode", "off", "--ttl", "4s")
+    routed = by_rank(stack, "llep_rank_routed_tokens_total")
+    sent = client.tokens
+    assert client.complete(PROBE, max_tokens=12) == expected
+    wait_for(lambda: mode() == "off", 3)
+    assert by_rank(stack, "llep_rank_routed_tokens_total") == routed  # off: nothing is counted
+    client.tokens = sent
+    wait_for(lambda: stack.get("/v1/settings", engine="model")["settings"][0]["value"] == "active", 10)
+    time.sleep(0.5)  # until the ranks hold it; it goes live with the next step
+    assert client.complete(PROBE, max_tokens=12) == expected
+    wait_for(lambda: mode() == "active", 3)
+    assert_counts_are_exact(stack, client)
+    (event, *_) = stack.get("/v1/events")["data"]
+    assert event["kind"] == "mode" and "went back" in event["message"]
+
+
+@pytest.mark.parametrize(
+    ("patch", "words"),
+    [
+        ({"imbalance_treshold": 2}, ("imbalance_treshold", "did you mean 'imbalance_threshold'")),
+        ({"imbalance_threshold": 0.5, "capacity_factor": 2}, ("imbalance_threshold=0.5", "greater than or equal to 1")),
+        ({"capacity_factor": 2, "slots_per_rank": 2}, ("slots_per_rank", "LLEP_SLOTS_PER_RANK")),
+        ({"mode": "fast"}, ("'fast'", "'off', 'observe', 'shadow' or 'active'")),
+    ],
+)
+def test_bad_setting_changes_nothing(stack: Stack, patch: dict[str, Any], words: tuple[str, ...]) -> None:
+    before = stack.get("/v1/settings", engine="model")
+    answer = httpx.patch(f"{stack.control_plane}/v1/settings", json=patch, timeout=20)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["code"] == "invalid_setting"
+    told = stack.llep("settings", "set", *(f"{key}={value}" for key, value in patch.items()), expect=2)
+    for word in words:
+        assert word in answer.json()["error"]["message"]
+        assert word in told
+    assert "Traceback" not in told
+    assert stack.get("/v1/settings", engine="model") == before
+
+
+def test_printed_commands_work(stack: Stack, client: Client) -> None:
+    answers = []
+    for command in stack.curls():
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        answers.append(json.loads(done.stdout))
+    completion, loads, openapi = answers
+    assert completion["choices"][0]["text"]
+    assert loads["data"][0]["engine"] == "model"
+    assert "/v1/loads" in openapi["paths"]
+    usage = completion["usage"]
+    client.tokens += usage["prompt_tokens"] + usage["completion_tokens"] - 1
+    assert_counts_are_exact(stack, client)
+
+
+def is_live_since(stack: Stack, since_s: float) -> bool:
+    """Whether the engine has reported after `since_s`, and the control plane knows."""
+    try:
+        answer = httpx.get(f"{stack.control_plane}/v1/engines", timeout=20)
+    except httpx.TransportError:
+        return False
+    engines = answer.json()["data"] if answer.status_code == 200 else []
+    return bool(engines) and engines[0]["state"] == "live" and engines[0]["last_seen_s"] > since_s
+
+
+def kill_and_watch(
+    stack: Stack, client: Client, expected: str, victims: list[Process], meanwhile: Callable[[], Any] = int
+) -> None:
+    """SIGKILL them; requests are answered all the while, and the engine is seen again with all its counts."""
+    replies: list[str] = []
+    with Traffic(lambda: replies.append(client.complete(PROBE, max_tokens=12))) as traffic:
+        wait_for(lambda: traffic.answered, 30)
+        kill_all(victims)
+        killed_s = time.time()
+        meanwhile()
+        wait_for(lambda: is_live_since(stack, killed_s + 1), BACK_WITHIN_S)
+    assert not traffic.failures
+    assert set(replies) == {expected}
+    assert_counts_are_exact(stack, client)
+    change = stack.patch(capacity_factor=1.1)
+    assert change["applied"][0]["state"] in ("live", "held")
+    assert stack.patch(capacity_factor=None)["applied"][0]["state"] in ("live", "held")
+
+
+def test_killed_agent(stack: Stack, client: Client, expected: str) -> None:
+    agent = stack.child("llep.scheduler.agent")
+    kill_and_watch(stack, client, expected, [agent])
+    assert stack.child("llep.scheduler.agent").pid != agent.pid
+
+
+def test_killed_scheduler(stack: Stack, client: Client, expected: str) -> None:
+    scheduler = stack.child("ray::Scheduler")
+    kill_and_watch(stack, client, expected, [scheduler])
+    assert stack.child("ray::Scheduler").pid != scheduler.pid
+
+
+def test_killed_control_plane(stack: Stack, client: Client, expected: str) -> None:
+    with Traffic(lambda: client.complete(PROBE, max_tokens=12)) as traffic:
+        stack.child("-m llep_server").kill()
+        wait_for(lambda: is_live_since(stack, time.time() - 2), BACK_WITHIN_S)
+    assert not traffic.failures
+    assert client.complete(PROBE, max_tokens=12) == expected
+    assert_counts_are_exact(stack, client)
+
+
+def test_killed_ray(stack: Stack, client: Client, expected: str) -> None:
+    settings = stack.get("/v1/settings", engine="model")["settings"]
+    head = stack.child("ray.scripts.scripts start --head")
+    ray = [process for process in stack.family.alive() if process.session == head.pid]
+    assert len(ray) > 3
+    address = re.search(r"--port=(\d+)", head.command)
+    assert address is not None
+
+    def meanwhile() -> None:
+        answer = httpx.patch(f"{stack.control_plane}/v1/settings", json={"capacity_factor": 3}, timeout=20)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "scheduler_unreachable")
+        wait_for(lambda: listens(int(address[1])), 120)
+
+    kill_and_watch(stack, client, expected, ray, meanwhile)
+    after = stack.get("/v1/settings", engine="model")["settings"]
+    assert {s["key"]: s["value"] for s in after} == {s["key"]: s["value"] for s in settings}
+    threshold = next(s for s in after if s["key"] == "imbalance_threshold")
+    assert threshold["value"] == 1.05 and threshold["source"].startswith("revision")
+
+
+def test_interrupt_ends_everything(stack: Stack) -> None:
+    stack.interrupt()
+    stack.interrupt()
+    assert stack.wait_for_end(30) == 0
+    assert stack.family.wait_for_end(0) == []
+    assert "Traceback" not in stack.said()
+    assert [path.name for path in stack.folder.iterdir() if path.name.startswith("llep-")] == []
