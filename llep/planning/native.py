@@ -71,12 +71,14 @@ class Costs(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What every attempt starts from; by_load: ranks by increasing load."""
+    """What every attempt starts from: plain EP; by_load: ranks by increasing load. And what replicas alone can do."""
 
     loads: Ints
     slots: Ints
     tokens_I: Ints
     by_load: Ints
+    levelled_loads: Ints
+    levelled_tokens_I: Ints
 
 
 class State(NamedTuple):
@@ -248,22 +250,50 @@ def _level(expert: int, tokens_I: Ints, loads: Ints, tables: Tables, order: Ints
 
 
 @compiled
-def _level_over_replicas(tokens_I: Ints, loads: Ints, tables: Tables, target: int, order: Ints, below: Ints) -> None:
+def _level_all(tokens_I: Ints, loads: Ints, tables: Tables, target: int, order: Ints, below: Ints) -> None:
+    """quota.level, in place."""
     for _ in range(LEVEL_ROUNDS):
         is_changed = False
         for expert in range(len(tables.replica_starts) - 1):
             first, last = _replicas(expert, tables)
             if first == last:
                 continue
-            tokens = tokens_I[expert]
             worst = loads[tables.instance_rank_I[expert]]
             for instance in range(first, last):
-                tokens += tokens_I[instance]
                 worst = max(worst, loads[tables.instance_rank_I[instance]])
-            if tokens and worst > target:
+            if worst > target:
                 is_changed |= _level(expert, tokens_I, loads, tables, order, below)
         if not is_changed:
             break
+
+
+@compiled
+def _drain(tokens_I: Ints, loads: Ints, tables: Tables, target: int) -> bool:
+    """quota.drain, in place. Whether anything moved."""
+    is_changed = False
+    for expert in range(len(tables.replica_starts) - 1):
+        first, last = _replicas(expert, tables)
+        while first < last:
+            giver = taker = src = dst = -1
+            for index in range(first - 1, last):
+                instance = expert if index < first else index
+                rank = tables.instance_rank_I[instance]
+                load = loads[rank]
+                if load > target and tokens_I[instance]:
+                    if giver < 0 or load > loads[src] or (load == loads[src] and rank < src):
+                        giver, src = instance, rank
+                if load < target:
+                    if taker < 0 or load < loads[dst] or (load == loads[dst] and rank < dst):
+                        taker, dst = instance, rank
+            if giver < 0 or taker < 0:
+                break
+            count = min(tokens_I[giver], loads[src] - target, target - loads[dst])
+            tokens_I[giver] -= count
+            tokens_I[taker] += count
+            loads[src] -= count
+            loads[dst] += count
+            is_changed = True
+    return is_changed
 
 
 # -- lends ---------------------------------------------------------------------------------------------------------
@@ -379,7 +409,11 @@ def _relieve(
     helpers, over, candidates, marks_R = state.work_4R[0], state.work_4R[1], state.work_4R[2], state.work_4R[3]
     marks_R[:] = -1
     num_helpers = num_over = num_lends = network_lends = mark = 0
-    for rank in start.by_load:
+    by_load = start.by_load
+    if len(tokens_I) > len(state.first_lend_E) and _drain(tokens_I, loads, tables, target):
+        by_load = by_load.copy()
+        _sort_by(loads, by_load, len(by_load))
+    for rank in by_load:
         if loads[rank] > target:
             num_over = _insert_over(loads, over, num_over, rank)
         elif slots[rank] and target - loads[rank] >= chunk:
@@ -877,9 +911,8 @@ def _plan(
     work_4R, busy_4R = np.empty((4, ep_size), dtype=np.int64), np.empty((4, ep_size), dtype=np.int64)
     tokens_I = np.zeros(len(instance_rank_I), dtype=np.int64)
     tokens_I[:num_experts] = tokens_E
-    plain_tokens_I = tokens_I.copy()
-    loads = plain.copy()
-    _level_over_replicas(tokens_I, loads, tables, target, work_4R[0], work_4R[1])
+    levelled_loads, levelled_tokens_I = plain.copy(), tokens_I.copy()
+    _level_all(levelled_tokens_I, levelled_loads, tables, target, work_4R[0], work_4R[1])
     lend_slots = slots_R.copy()
     for rank in range(len(free_bytes_R)):
         lend_slots[rank] = min(lend_slots[rank], free_bytes_R[rank] // bytes_per_expert)
@@ -887,26 +920,14 @@ def _plan(
         if tokens_I[instance]:
             start_s_I[instance] = _expert_s(tokens_I[instance], costs)
     by_load = np.arange(ep_size)
-    _sort_by(loads, by_load, ep_size)
-    start = Start(loads, lend_slots, tokens_I, by_load)
+    _sort_by(plain, by_load, ep_size)
+    start = Start(plain, lend_slots, tokens_I, by_load, levelled_loads, levelled_tokens_I)
     num_lends = min(most_lends, lend_slots.sum())
     hops_3N, times_3R = np.empty((3, num_lends), dtype=np.int64), np.empty((3, ep_size), dtype=np.float64)
     no_keys_R = np.zeros(ep_size, dtype=np.int64)
     states = (
         State(
-            loads.copy(),
-            lend_slots.copy(),
-            plain_tokens_I,
-            np.full(num_experts, -1, dtype=np.int64),
-            np.empty((4, num_lends), dtype=np.int64),
-            hops_3N,
-            times_3R,
-            work_4R,
-            busy_4R,
-            no_keys_R,
-        ),
-        State(
-            loads.copy(),
+            plain.copy(),
             lend_slots.copy(),
             tokens_I.copy(),
             np.full(num_experts, -1, dtype=np.int64),
@@ -917,9 +938,21 @@ def _plan(
             busy_4R,
             no_keys_R,
         ),
+        State(
+            levelled_loads.copy(),
+            lend_slots.copy(),
+            levelled_tokens_I.copy(),
+            np.full(num_experts, -1, dtype=np.int64),
+            np.empty((4, num_lends), dtype=np.int64),
+            hops_3N,
+            times_3R,
+            work_4R,
+            busy_4R,
+            no_keys_R,
+        ),
     )
     tried = Tried(np.zeros((6, MAX_ATTEMPTS), dtype=np.int64), np.array([-1, 0]), np.array([1]))
-    tried.columns[3, 0] = loads.max()
+    tried.columns[3, 0] = levelled_loads.max()
     # The first state holds plain EP, the second one the attempt without lends.
     plain_s = best_s = 0.0
     best = 0
@@ -978,8 +1011,8 @@ def _held(
     index = 1 if tried.held[0] == kept else 0
     tried.held[index] = number
     if number == 0:
-        states[index].loads[:] = start.loads
-        states[index].tokens_I[:] = start.tokens_I
+        states[index].loads[:] = start.levelled_loads
+        states[index].tokens_I[:] = start.levelled_tokens_I
         states[index].first_lend_E[:] = -1
         return index
     target, way, in_node_first = tried.columns[0, number], tried.columns[1, number], tried.columns[2, number] > 0

@@ -46,7 +46,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What an attempt starts from: loads and shares after resident replicas, and the limits on lends."""
+    """What every attempt starts from, plain EP's loads and shares, and the limits on lends."""
 
     loads: list[int]
     shares: Shares
@@ -59,12 +59,13 @@ class Task:
 def plan_quota(counts_RE: npt.NDArray[np.int64], placement: Placement, options: PlanOptions) -> Plan:
     """A plan, or plain EP with the reason.
 
-    Tokens are first split over resident replicas, which takes no transfer. Then the most loaded rank lends its largest
-    expert, again and again, until no rank is above the target: 1% over the mean load (5% where the imbalance is small,
-    unless chunks may be of 1 token), or alpha times it. If slots don't allow that, the lowest load they allow is
-    searched for. Among attempts that reach the same load the one with the fewest lends wins, then the one with the
-    fewest across nodes. With a cost model the attempt with the shortest predicted time wins, and only if that is below
-    plain EP's. In a decode step without a cost model nothing is lent. Ties break by lowest index.
+    The target is 1% over the mean load (5% where the imbalance is small, unless chunks may be of 1 token), or alpha
+    times the mean. Tokens above it first go where resident replicas have room, which takes no transfer. Then the most
+    loaded rank lends its largest expert, again and again, until no rank is above the target. If slots don't allow that,
+    the lowest load they allow is searched for. Among attempts that reach the same load the one with the fewest lends
+    wins, then the one with the fewest across nodes. With a cost model the attempt with the shortest predicted time
+    wins, and only if that is below plain EP's. In a decode step without a cost model only replicas are used. Ties
+    break by lowest index.
     """
     tokens_E: list[int] = counts_RE.sum(axis=0).tolist()
     plain = home_loads(tokens_E, placement.home_rank, placement.ep_size)
@@ -73,12 +74,11 @@ def plan_quota(counts_RE: npt.NDArray[np.int64], placement: Placement, options: 
     target = target_load(plain, options)
     if max(plain) <= target:
         return plan_home(tokens_E, placement, Decision.BALANCED)
-    shares, loads = level_over_replicas(tokens_E, plain, placement, target)
-    task = Task(loads, shares, lend_slots(placement, options), max_lends(options), placement, options)
-    free = Attempt(loads, shares, [], 0)
+    shares: Shares = [{home: tokens} for home, tokens in zip(placement.home_rank, tokens_E, strict=True)]
+    task = Task(plain, shares, lend_slots(placement, options), max_lends(options), placement, options)
+    free = level(task, target)
     if options.cost_model is not None:
-        home: Shares = [{rank: tokens} for rank, tokens in zip(placement.home_rank, tokens_E, strict=True)]
-        best, gain_s = cheapest(task, target, free, Attempt(plain, home, [], 0))
+        best, gain_s = cheapest(task, target, free)
     else:
         best, gain_s = free if options.phase == "decode" else fewest([free, *search(task, target)], target), 0.0
     if max(best.loads) >= max(plain):
@@ -102,25 +102,47 @@ def target_load(plain: Sequence[int], options: PlanOptions) -> int:
 # -- resident replicas ---------------------------------------------------------------------------------------------
 
 
-def level_over_replicas(
-    tokens_E: Sequence[int], plain: Sequence[int], placement: Placement, target: int
-) -> tuple[Shares, list[int]]:
-    """Shares and loads after each expert with replicas that touches a rank above the target is levelled over its ranks.
+def level(task: Task, target: int) -> Attempt:
+    """What replicas alone can do: each expert that touches a rank above the target is levelled over its ranks.
 
     To level one expert after the other lowers the sum of squared loads each time, and so approaches the best split.
     """
-    loads = list(plain)
-    shares: Shares = [{home: tokens} for home, tokens in zip(placement.home_rank, tokens_E, strict=True)]
-    replicated = [expert for expert, ranks in enumerate(placement.holders) if len(ranks) > 1 and tokens_E[expert]]
+    loads = list(task.loads)
+    shares: Shares = [dict(share) for share in task.shares]
     for _ in range(LEVEL_ROUNDS):
         is_changed = False
-        for expert in replicated:
-            ranks = placement.holders[expert]
+        for expert, ranks in _replicated(task):
             if max(loads[rank] for rank in ranks) > target:
                 is_changed |= _level(shares[expert], ranks, loads)
         if not is_changed:
             break
-    return shares, loads
+    return Attempt(loads, shares, [], 0)
+
+
+def drain(task: Task, target: int) -> tuple[list[int], Shares]:
+    """Loads and shares after what is above the target has gone where replicas have room below it."""
+    loads = list(task.loads)
+    shares: Shares = [dict(share) for share in task.shares]
+    for expert, ranks in _replicated(task):
+        share = shares[expert]
+        while True:
+            givers = [rank for rank in ranks if loads[rank] > target and share.get(rank)]
+            takers = [rank for rank in ranks if loads[rank] < target]
+            if not givers or not takers:
+                break
+            src = max(givers, key=lambda rank: (loads[rank], -rank))
+            dst = min(takers, key=lambda rank: (loads[rank], rank))
+            count = min(share[src], loads[src] - target, target - loads[dst])
+            share[src] -= count
+            share[dst] = share.get(dst, 0) + count
+            loads[src] -= count
+            loads[dst] += count
+    return loads, shares
+
+
+def _replicated(task: Task) -> list[tuple[int, tuple[int, ...]]]:
+    """Experts that have replicas, and their ranks."""
+    return [(expert, ranks) for expert, ranks in enumerate(task.placement.holders) if len(ranks) > 1]
 
 
 def _level(share: dict[int, int], ranks: Sequence[int], loads: list[int]) -> bool:
@@ -187,10 +209,10 @@ def _attempts_at(task: Task, target: int) -> list[Attempt]:
 
 
 def relieve(task: Task, target: int, way: Way, *, in_node_first: bool = False) -> Attempt:
-    """The most loaded rank lends until no rank is above the target, or it finds no helper."""
+    """After replicas the most loaded rank lends until no rank is above the target, or it finds no helper."""
     options = task.options
-    loads, slots = list(task.loads), list(task.slots)
-    shares: Shares = [dict(share) for share in task.shares]
+    loads, shares = drain(task, target)
+    slots = list(task.slots)
     lends: list[tuple[int, int]] = []
     network_lends = 0
     of_rank: list[list[int]] = [[] for _ in loads]
@@ -294,17 +316,17 @@ def fewest(attempts: Sequence[Attempt], target: int) -> Attempt:
     return min(good, key=lambda attempt: (len(attempt.lends), attempt.network_lends, max(attempt.loads)))
 
 
-def cheapest(task: Task, target: int, free: Attempt, plain: Attempt) -> tuple[Attempt, float]:
+def cheapest(task: Task, target: int, free: Attempt) -> tuple[Attempt, float]:
     """The attempt with the shortest predicted time and the seconds it saves: plain EP and 0 unless it pays."""
     model = task.options.cost_model
     assert model is not None
-    plain_s = best_s = predicted_s(plain, task)
-    best = plain
+    best = Attempt(task.loads, task.shares, [], 0)
+    plain_s = best_s = predicted_s(best, task)
 
     def consider(attempt: Attempt) -> None:
         nonlocal best, best_s
         seconds = predicted_s(attempt, task) + model.plan_s
-        if seconds < best_s and max(attempt.loads) < max(plain.loads):
+        if seconds < best_s and max(attempt.loads) < max(task.loads):
             best, best_s = attempt, seconds
 
     consider(free)
@@ -312,7 +334,7 @@ def cheapest(task: Task, target: int, free: Attempt, plain: Attempt) -> tuple[At
     lowest = fewest(attempts, target)
     consider(lowest)
     is_far = has_far_helpers(task)
-    reached, worst = max(lowest.loads), max(task.loads)
+    reached, worst = max(lowest.loads), max(free.loads)
     token_s = model.least_token_s * model.scale(task.options.bytes_per_expert)
     for rung in RUNGS:
         level = reached + (worst - reached) * rung // 16
