@@ -8,7 +8,8 @@ TESTED_VLLM = ("0.32.",)
 def register() -> None:
     """Entry point in `vllm.general_plugins`: puts llep's MoE runner in place of vLLM's, in every process of an engine.
 
-    Harmless when called twice. With an untested vLLM it says so loudly and leaves vLLM as it is.
+    Harmless when called twice. With an untested vLLM it says so loudly and leaves vLLM as it is. Raises SettingsError
+    for a mistake in the environment.
     """
     import logging
 
@@ -23,6 +24,8 @@ def register() -> None:
             " ".join(f"{version}x" for version in TESTED_VLLM),
         )
         return
+    from llep.config import load_settings
     from llep.vllm_plugin.runner import put_in_place
 
+    load_settings()  # a mistake in LLEP_* or LLEP_CONFIG ends the API server at once, not a worker after a minute
     put_in_place()
