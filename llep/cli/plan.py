@@ -34,8 +34,10 @@ def simulate(
     "bytes_per_expert": n?, "free_bytes": [...]?, "ranks_per_node": n?, "min_chunk_tokens": n?, "capacity_factor": x?,
     "imbalance_threshold": x?, "cost_model": name or null}.
     """
+    from llep.planning import warm_up
     from llep.planning.question import answer, parse_question
 
+    warm_up()
     found = answer(parse_question(_read(file)), planner)
     show(_summary(found), output, data=found, title=f"{found['planner']}: {found['decision']}")
 

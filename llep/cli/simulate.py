@@ -68,9 +68,11 @@ def simulate(
     output: Annotated[Format, typer.Option("-o", "--output", help="How to print the result.")] = Format.TABLE,
 ) -> None:
     """Replay loads under several planners: imbalance, lends, bytes, memory, predicted time, planning time."""
+    from llep.planning import warm_up
     from llep.simulate import simulate as run
     from llep.simulate import summary
 
+    warm_up()
     loads = (
         _recorded(Path(source), skip_broken, steps)
         if Path(source).exists() or not _is_workload(source)
