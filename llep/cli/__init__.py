@@ -32,9 +32,9 @@ def _options(
 
 def _register() -> None:
     """Each module of commands adds its own to `app`."""
-    from llep.cli import control, control_plane, doctor, model, plan, serve, simulate
+    from llep.cli import calibrate, control, control_plane, doctor, model, plan, serve, simulate
 
-    for module in (serve, model, control_plane, control, plan, simulate, doctor):
+    for module in (serve, model, control_plane, control, plan, simulate, calibrate, doctor):
         module.add_to(app)
 
 

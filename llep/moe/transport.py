@@ -31,6 +31,12 @@ class PeerLost(LlepError):
     code = "peer_lost"
 
 
+def join(rank: int, size: int, store: str, device: torch.device) -> None:
+    """Join processes of this machine that meet in the file `store`. For `llep calibrate`; vLLM joins its own ranks."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
+
+
 @dataclass(frozen=True, slots=True)
 class PendingLends:
     """Transfers under way; `wait` returns when the weights have arrived and may be read, or been sent."""
