@@ -103,9 +103,8 @@ class CostModel:
     @cached_property
     def figures(self) -> npt.NDArray[np.float64]:
         """Launch, node latency and rate, network latency and rate, overlap, planning, least_token_s: for native.py."""
-        links = (self.node_link.latency_s, self.node_link.bytes_per_s)
-        links += (self.network_link.latency_s, self.network_link.bytes_per_s)
-        return np.array([self.gemm_launch_s, *links, self.overlap_ratio, self.plan_s, self.least_token_s])
+        links = [(link.latency_s, link.bytes_per_s) for link in (self.node_link, self.network_link)]
+        return np.array([self.gemm_launch_s, *links[0], *links[1], self.overlap_ratio, self.plan_s, self.least_token_s])
 
     def scale(self, bytes_per_expert: int) -> float:
         """What the curve is multiplied with for an expert of that size; 0 is the curve's own."""
