@@ -26,6 +26,7 @@ FILE_HEADER = """\
 # gemm_curve: [tokens, seconds] of one expert whose weights are expert_bytes; linear in between.
 # gemm_launch_s: once per rank and bank of weights (its own, the lent ones). plan_s: one step plan.
 # overlap_ratio: share of a rank's own work behind which arriving weights can hide, 0 to 1.
+# margin_ratio: share of plain EP's time that a plan must be predicted to save, for predictions are not exact.
 """
 
 
@@ -50,6 +51,7 @@ class CostModel:
     network_link: Link
     plan_s: float
     overlap_ratio: float = 0.0
+    margin_ratio: float = 0.02
 
     def __post_init__(self) -> None:
         if not isinstance(self.expert_bytes, int) or self.expert_bytes < 1:
@@ -66,8 +68,8 @@ class CostModel:
         for name, link in (("node_link", self.node_link), ("network_link", self.network_link)):
             is_rate = _is_number(link.bytes_per_s) and link.bytes_per_s > 0
             _check(f"{name}.bytes_per_s", link.bytes_per_s, "a number > 0", is_rate)
-        is_share = _is_number(self.overlap_ratio) and 0 <= self.overlap_ratio <= 1
-        _check("overlap_ratio", self.overlap_ratio, "a number in 0..1", is_share)
+        for name, ratio in (("overlap_ratio", self.overlap_ratio), ("margin_ratio", self.margin_ratio)):
+            _check(name, ratio, "a number in 0..1", _is_number(ratio) and 0 <= ratio <= 1)
         self._check_curve()
 
     def _check_curve(self) -> None:
@@ -102,9 +104,19 @@ class CostModel:
 
     @cached_property
     def figures(self) -> npt.NDArray[np.float64]:
-        """Launch, node latency and rate, network latency and rate, overlap, planning, least_token_s: for native.py."""
+        """What native.py reads, in the order of its Costs.figures."""
         links = [(link.latency_s, link.bytes_per_s) for link in (self.node_link, self.network_link)]
-        return np.array([self.gemm_launch_s, *links[0], *links[1], self.overlap_ratio, self.plan_s, self.least_token_s])
+        return np.array(
+            [
+                self.gemm_launch_s,
+                *links[0],
+                *links[1],
+                self.overlap_ratio,
+                self.plan_s,
+                self.least_token_s,
+                self.margin_ratio,
+            ]
+        )
 
     def scale(self, bytes_per_expert: int) -> float:
         """What the curve is multiplied with for an expert of that size; 0 is the curve's own."""
@@ -139,7 +151,7 @@ class CostModel:
         if not isinstance(values, dict):
             raise SettingsError(f"must hold 'key: value' lines, got {type(values).__name__}")
         values = dict(values)
-        _check_keys(values, {field.name for field in fields(cls)}, {"overlap_ratio"}, "")
+        _check_keys(values, {field.name for field in fields(cls)}, {"overlap_ratio", "margin_ratio"}, "")
         for name in ("node_link", "network_link"):
             if not isinstance(values[name], dict):
                 raise SettingsError(f"{name} must have the keys latency_s and bytes_per_s, got {values[name]!r}")
@@ -148,8 +160,8 @@ class CostModel:
         if not isinstance(values["gemm_curve"], list) or not all(isinstance(p, list) for p in values["gemm_curve"]):
             raise SettingsError(f"gemm_curve must be a list of [tokens, seconds], got {values['gemm_curve']!r}")
         values["gemm_curve"] = tuple(tuple(map(_number, point)) for point in values["gemm_curve"])
-        for name in ("gemm_launch_s", "plan_s", "overlap_ratio"):
-            values[name] = _number(values.get(name, 0.0))
+        for name in {"gemm_launch_s", "plan_s", "overlap_ratio", "margin_ratio"} & set(values):
+            values[name] = _number(values[name])
         return cls(**values)
 
 

@@ -36,6 +36,7 @@ FAST_LINKS = CostModel(
     node_link=Link(1e-8, 1e9),
     network_link=Link(3e-8, 1e8),
     plan_s=0.0,
+    margin_ratio=0.0,
 )
 
 
@@ -133,7 +134,8 @@ def check_gain(plan: Plan, home: Plan, is_home: bool, options: PlanOptions) -> N
         assert plan.predicted_gain_s == 0.0
         return
     home_s, plan_s = (predict_s(each, options.cost_model, options.bytes_per_expert) for each in (home, plan))
-    assert plan_s < home_s, "a predicted loss"
+    least_gain_s = options.cost_model.margin_ratio * home_s * (1 - 1e-9)
+    assert plan_s < home_s and home_s - plan_s >= least_gain_s, "a predicted loss, or too small a gain"
     assert math.isclose(plan.predicted_gain_s, home_s - plan_s, rel_tol=1e-9, abs_tol=1e-15), "another gain"
 
 

@@ -72,7 +72,7 @@ def _if_it_pays(plan: Plan, counts_RE: Counts, options: PlanOptions) -> Plan:
     home = plan_home(counts_RE.sum(axis=0), plan.placement, Decision.NO_GAIN)
     home_s, plan_s = (predict_s(each, options.cost_model, options.bytes_per_expert) for each in (home, plan))
     plan.predicted_gain_s = home_s - plan_s
-    return plan if plan_s < home_s else home
+    return plan if plan.predicted_gain_s > options.cost_model.margin_ratio * home_s else home
 
 
 # By name; warm_up puts compiled twins in place.

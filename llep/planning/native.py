@@ -56,7 +56,7 @@ class Limits(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """figures: launch, node latency and rate, network latency and rate, overlap, planning, least_token_s.
+    """figures: launch, node latency and rate, network latency and rate, overlap, planning, least_token_s, margin.
 
     start_s_I: seconds of each instance's work as attempts start.
     """
@@ -972,6 +972,8 @@ def _plan(
             )
         else:
             best = lowest
+    if has_costs and plain_s - best_s < figures[8] * plain_s:
+        best = -1
     if best < 0 or tried.columns[3, best] >= plain_worst:
         reason = _refusal(plain, total, slots_R, lend_slots, most_lends) if is_asked else NO_GAIN
         return reason, _home(tokens_E, instance_rank_I), 0.0
@@ -1084,7 +1086,7 @@ def _cheapest(
 @compiled
 def _fewest(tried: Ints, num_tried: int, target: int) -> int:
     lowest = tried[3, :num_tried].min()
-    reached = max(target, lowest + lowest // SEARCH_STEP)
+    reached = target if lowest <= target else lowest + lowest // SEARCH_STEP
     best = -1
     for number in range(num_tried):
         if tried[3, number] > reached:

@@ -64,8 +64,8 @@ def plan_quota(counts_RE: npt.NDArray[np.int64], placement: Placement, options: 
     loaded rank lends its largest expert, again and again, until no rank is above the target. If slots don't allow that,
     the lowest load they allow is searched for. Among attempts that reach the same load the one with the fewest lends
     wins, then the one with the fewest across nodes. With a cost model the attempt with the shortest predicted time
-    wins, and only if that is below plain EP's. In a decode step without a cost model only replicas are used. Ties
-    break by lowest index.
+    wins, and only if that is clearly below plain EP's. In a decode step without a cost model only replicas are used.
+    Ties break by lowest index.
     """
     tokens_E: list[int] = counts_RE.sum(axis=0).tolist()
     plain = home_loads(tokens_E, placement.home_rank, placement.ep_size)
@@ -309,19 +309,19 @@ def pick(rooms: Sequence[int], amount: int) -> int:
 
 
 def fewest(attempts: Sequence[Attempt], target: int) -> Attempt:
-    """The attempt with the fewest lends among those that reach the target, or nearly the lowest load of all."""
+    """The attempt with the fewest lends among those that reach the target; if none does, nearly the lowest load."""
     lowest = min(max(attempt.loads) for attempt in attempts)
-    reached = max(target, lowest + lowest // SEARCH_STEP)
+    reached = target if lowest <= target else lowest + lowest // SEARCH_STEP
     good = [attempt for attempt in attempts if max(attempt.loads) <= reached]
     return min(good, key=lambda attempt: (len(attempt.lends), attempt.network_lends, max(attempt.loads)))
 
 
 def cheapest(task: Task, target: int, free: Attempt) -> tuple[Attempt, float]:
-    """The attempt with the shortest predicted time and the seconds it saves: plain EP and 0 unless it pays."""
+    """The attempt with the shortest predicted time and the seconds it saves; plain EP and 0 unless that is enough."""
     model = task.options.cost_model
     assert model is not None
-    best = Attempt(task.loads, task.shares, [], 0)
-    plain_s = best_s = predicted_s(best, task)
+    plain = best = Attempt(task.loads, task.shares, [], 0)
+    plain_s = best_s = predicted_s(plain, task)
 
     def consider(attempt: Attempt) -> None:
         nonlocal best, best_s
@@ -341,6 +341,8 @@ def cheapest(task: Task, target: int, free: Attempt) -> tuple[Attempt, float]:
         if level * token_s >= best_s:
             break
         consider(relieve(task, level, Way.FIT, in_node_first=is_far))
+    if plain_s - best_s < model.margin_ratio * plain_s:
+        return plain, 0.0
     return best, plain_s - best_s
 
 
