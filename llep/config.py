@@ -194,8 +194,9 @@ def _merge(values: dict[str, Any], sources: dict[str, str], new: Mapping[str, An
 def _read_file(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise SettingsError(f"LLEP_CONFIG={path} can't be read: {error}", param="LLEP_CONFIG") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"LLEP_CONFIG={path} can't be read: {reason}", param="LLEP_CONFIG") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -31,7 +31,9 @@ def _options(
 
 
 def _register() -> None:
-    """Each module of commands adds its own to `app`."""
+    """Each module of commands adds its own to `app`, once."""
+    if app.registered_commands:
+        return
     from llep.cli import calibrate, control, control_plane, doctor, model, plan, serve, simulate
 
     for module in (serve, model, control_plane, control, plan, simulate, calibrate, doctor):

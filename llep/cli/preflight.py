@@ -2,57 +2,137 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from llep.config import Settings, load_settings
 from llep.errors import LlepError, SettingsError, UnsupportedConfiguration
 from llep.vllm_plugin import TESTED_VLLM
 
+CONNECT_S = 2.0
+TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
+DATA_PARALLEL = ("--data-parallel-size", "-dp")
+EXPERT_PARALLEL = ("--enable-expert-parallel", "-ep")
+
 _REFUSED_FLAGS = {
     "--enable-eplb": "vLLM's EPLB moves experts' homes while llep lends them; drop --enable-eplb",
     "--enable-lora": "LoRA on experts is not lent with them; drop --enable-lora",
     "--enable-dbo": "micro-batching runs two steps at once; drop --enable-dbo",
+    "--uds": "llep serve watches vLLM over TCP; drop --uds, choose an address with --host and --port",
+    "--model": "the model is given as `llep serve MODEL`; drop --model",
 }
 
 
 class VllmFlags:
-    """vLLM's own command-line flags, as far as `llep serve` must know them; everything is passed on unchanged."""
+    """vLLM's own command-line flags, as far as `llep serve` must know them; everything is passed on unchanged.
+
+    What the file of vLLM's --config says counts too, and less than what is given here, as it does in vLLM.
+    Raises UnsupportedConfiguration if that file can't be read.
+    """
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.arguments = list(arguments)
+        self._given = list(_pairs(self.arguments))
+        path = self.value("--config")
+        if path is not None:
+            self._given[:0] = _pairs(_read_vllm_config(path))
 
-    def has(self, name: str) -> bool:
-        return any(argument.partition("=")[0].replace("_", "-") == name for argument in self.arguments)
+    def has(self, *names: str) -> bool:
+        return any(name in names for name, _ in self._given)
 
     def value(self, *names: str) -> str | None:
-        """The last value given for a flag, as '--flag value' or '--flag=value'."""
-        found = None
-        for argument, following in zip(self.arguments, [*self.arguments[1:], ""], strict=True):
-            name, equals, value = argument.partition("=")
-            if name.replace("_", "-") in names:
-                found = value if equals else following
+        """The last value given for a flag, as '--flag value' or '--flag=value'; None without one."""
+        return next((value for name, value in reversed(self._given) if name in names), None)
+
+    def number(self, *names: str, default: int, lowest: int = 1, highest: int = 1 << 20) -> int:
+        """Raises UnsupportedConfiguration for what is no number between lowest and highest."""
+        if not self.has(*names):
+            return default
+        text = self.value(*names)
+        if text is None or not text.isdecimal() or not lowest <= int(text) <= highest:
+            got = "nothing" if text is None else repr(text)
+            raise UnsupportedConfiguration(
+                f"{names[0]} wants a number from {lowest} to {highest}, got {got}", param=names[0]
+            )
+        return int(text)
+
+    def dotted(self, name: str) -> dict[str, Any]:
+        """What vLLM's '--name.key.subkey value' flags say, as nested objects."""
+        found: dict[str, Any] = {}
+        for given, value in self._given:
+            if given.startswith(f"{name}."):
+                *parents, key = given.removeprefix(f"{name}.").split(".")
+                inner = found
+                for parent in parents:
+                    inner = inner.setdefault(parent.replace("-", "_"), {})
+                inner[key.replace("-", "_")] = _json_or_text(value or "")
         return found
 
-    def number(self, *names: str, default: int) -> int:
-        text = self.value(*names)
-        if text is None:
-            return default
-        if not text.isdecimal():
-            raise UnsupportedConfiguration(f"{names[0]} wants a number, got {text!r}", param=names[0])
-        return int(text)
+    @property
+    def ranks(self) -> int:
+        """Processes that compute, on this machine or elsewhere."""
+        return self.number(*TENSOR_PARALLEL, default=1) * self.number(*DATA_PARALLEL, default=1)
 
     @property
     def ep_size(self) -> int:
         """Ranks that share the experts; 1 without --enable-expert-parallel."""
-        if not self.has("--enable-expert-parallel"):
-            return 1
-        tp = self.number("--tensor-parallel-size", "-tp", default=1)
-        return tp * self.number("--data-parallel-size", "-dp", default=1)
+        return self.ranks if self.has(*EXPERT_PARALLEL) else 1
+
+
+def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """(--name, value) of each flag; vLLM takes _ for - in names."""
+    for argument, following in itertools.pairwise([*arguments, None]):
+        if argument is not None and argument.startswith("-"):
+            name, equals, value = argument.partition("=")
+            has_value = following is not None and not following.startswith("-")
+            yield name.replace("_", "-"), value if equals else following if has_value else None
+
+
+def _read_vllm_config(path: str) -> list[str]:
+    """What vLLM's --config file says, as flags."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UnsupportedConfiguration(f"--config {path} can't be read: {_one_line(error)}", param="--config") from None
+    if not isinstance(values, dict):
+        raise UnsupportedConfiguration(
+            f"--config {path} must hold 'flag: value' lines, got {type(values).__name__}", param="--config"
+        )
+    flags: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            flags += [f"--{name}"] if value else []
+        else:
+            items = value if isinstance(value, list) else [value]
+            flags += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in items)]
+    return flags
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def check_order(model: str, flags: VllmFlags) -> None:
+    """Raise UnsupportedConfiguration unless the model comes first and flags follow."""
+    if model.startswith("-"):
+        raise UnsupportedConfiguration(f"give the model first: llep serve MODEL {model} ...", param="model")
+    first = flags.arguments[0] if flags.arguments else "-"
+    if not first.startswith("-"):
+        raise UnsupportedConfiguration(
+            f"{first!r} after the model {model!r} is no flag: give one model, then vLLM's flags", param=first
+        )
 
 
 def check_settings(flags: VllmFlags) -> Settings:
@@ -62,8 +142,14 @@ def check_settings(flags: VllmFlags) -> Settings:
         additional = json.loads(text) if text else {}
     except json.JSONDecodeError as error:
         raise SettingsError(f"--additional-config {text!r} is not JSON: {error}", param="--additional-config") from None
+    dotted = flags.dotted("--additional-config")
+    if isinstance(additional, dict) and isinstance(dotted.get("llep", {}), dict):
+        additional = {**additional, **dotted}
     if not isinstance(additional, dict) or not isinstance(additional.get("llep", {}), dict):
-        raise SettingsError(f'--additional-config must look like {{"llep": {{"mode": "active"}}}}, got {text}')
+        raise SettingsError(
+            f'--additional-config must look like {{"llep": {{"mode": "active"}}}}, got {text}',
+            param="--additional-config",
+        )
     return load_settings(additional.get("llep", {}))[0]
 
 
@@ -72,15 +158,27 @@ def check_flags(flags: VllmFlags) -> None:
     for flag, reason in _REFUSED_FLAGS.items():
         if flags.has(flag):
             raise UnsupportedConfiguration(f"{flag}: {reason}", param=flag)
-    tp = flags.number("--tensor-parallel-size", "-tp", default=1)
-    dp = flags.number("--data-parallel-size", "-dp", default=1)
-    if tp > 1 and dp > 1 and flags.has("--enable-expert-parallel"):
+    tp = flags.number(*TENSOR_PARALLEL, default=1)
+    dp = flags.number(*DATA_PARALLEL, default=1)
+    if tp > 1 and dp > 1 and flags.has(*EXPERT_PARALLEL):
         raise UnsupportedConfiguration(
             f"--tensor-parallel-size {tp} with --data-parallel-size {dp} would send every token {tp} times: use one of "
             "the two with --enable-expert-parallel"
         )
     if flags.value("--all2all-backend") == "moonep":
-        raise UnsupportedConfiguration("--all2all-backend moonep balances by itself; choose another backend")
+        raise UnsupportedConfiguration(
+            "--all2all-backend moonep balances by itself; choose another backend", param="--all2all-backend"
+        )
+
+
+def check_plugins(environ: Mapping[str, str]) -> None:
+    """Raise UnsupportedConfiguration if vLLM is told not to load llep."""
+    plugins = environ.get("VLLM_PLUGINS")
+    if plugins is not None and "llep" not in (plugin.strip() for plugin in plugins.split(",")):
+        raise UnsupportedConfiguration(
+            f"VLLM_PLUGINS={plugins!r} leaves llep out, so nothing would be balanced: add llep to it, or unset it",
+            param="VLLM_PLUGINS",
+        )
 
 
 def check_vllm() -> str:
@@ -107,52 +205,117 @@ def is_cpu_build() -> bool:
         return False
 
 
-def check_model(model: str) -> None:
-    """Raise LlepError if `model` names a folder that is no MoE checkpoint; names of a hub are left to vLLM."""
-    folder = Path(model).expanduser()
-    if not (folder.exists() or model.startswith((".", "/", "~"))):
-        return
-    if not folder.is_dir():
+def check_model(model: str, flags: VllmFlags) -> str:
+    """The model as vLLM wants it: folders without ~. Names of a hub, and what vLLM fetches itself, are left to vLLM.
+
+    Raises LlepError if `model` names a folder that is no MoE checkpoint, or one that isn't there.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        _check_folder(model, path, needs_weights=not flags.has("--load-format"))
+        return str(path)
+    if path.exists():
+        if path.suffix == ".gguf":
+            return str(path)
+        raise LlepError(f"model {model}: is a file; give the checkpoint's folder", param="model")
+    if "://" in model or _HUB_NAME.fullmatch(model):
+        return model
+    raise LlepError(
+        f"model {model}: no such folder; make one with `llep model tiny gpt-oss {model}`, or give a name of the hub "
+        "such as openai/gpt-oss-20b",
+        param="model",
+    )
+
+
+# owner/name or name, as on Hugging Face
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+
+
+def _check_folder(model: str, folder: Path, needs_weights: bool) -> None:
+    if not any(_expert_counts(_read_config(model, folder))):
         raise LlepError(
-            f"model {model}: no such folder; make one with `llep model tiny gpt-oss {model}`", param="model"
+            f"model {model}: config.json names no experts, so it is not a MoE model and there is nothing to balance: "
+            "serve it with vLLM alone",
+            param="model",
         )
-    config = _read_config(folder)
-    experts = next((config[key] for key in _EXPERT_KEYS if key in config), None)
-    if not experts:
-        raise LlepError(f"model {model}: config.json names no experts, so it is not a MoE model", param="model")
-    if not any(folder.glob("*.safetensors")):
+    if needs_weights and not any(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
         raise LlepError(
-            f"model {model}: has no *.safetensors weights; copy or make the checkpoint again", param="model"
+            f"model {model}: has no weights (*.safetensors): copy or make the checkpoint again", param="model"
         )
 
 
-_EXPERT_KEYS = ("num_local_experts", "n_routed_experts", "num_experts", "num_routed_experts", "text_config")
+def _expert_counts(config: Mapping[str, Any]) -> Iterator[int]:
+    """What a config says under num_local_experts, n_routed_experts and the like, also for the text part of a model."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _expert_counts(value)
+        elif "expert" in key and isinstance(value, int) and value > 1:
+            yield value
 
 
-def _read_config(folder: Path) -> Mapping[str, Any]:
-    path = folder / "config.json"
+def _read_config(model: str, folder: Path) -> Mapping[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
-        raise LlepError(f"model {folder}: has no config.json, so it is no checkpoint", param="model") from None
+        raise LlepError(f"model {model}: has no config.json, so it is no checkpoint", param="model") from None
     except (OSError, ValueError) as error:
-        raise LlepError(f"model {folder}: config.json can't be read ({error}); copy or make it again") from None
+        raise LlepError(
+            f"model {model}: config.json can't be read ({_one_line(error)}); copy or make it again", param="model"
+        ) from None
     if not isinstance(config, dict):
-        raise LlepError(f"model {folder}: config.json holds no object; copy or make it again")
+        raise LlepError(f"model {model}: config.json holds no object; copy or make it again", param="model")
     return config
 
 
 def check_port(host: str, port: int, what: str, way_out: str) -> None:
     """Raise LlepError if nothing can listen on host:port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise LlepError(f"{what} can't use {host}:{port} ({error.strerror}): {way_out}", param="port") from None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise LlepError(f"{what} can't use {host}:{port} ({error.strerror}): {way_out}", param="port") from None
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody uses now, all different."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def check_state_dir(folder: Path) -> None:
+    """Make the folder for state and logs. Raises LlepError if nothing can be written there."""
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        problem = "" if os.access(folder / "logs", os.W_OK | os.X_OK) else "no right to write"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise LlepError(
+            f"the state folder {folder} can't be used ({problem}): choose another with --state-dir or LLEP_STATE_DIR",
+            param="state_dir",
+        )
+
+
+def is_listening(address: str) -> bool:
+    """Whether somebody listens at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ SILENCE_LIMIT_S = 1800.0
 LONGEST_SOCKET_PATH = 107  # of a unix socket on Linux
 MOST_REPORT_BYTES = 64 << 20
 RESEND_AFTER_S = 1.0
+DEAD_AFTER_S = 60.0
 
 
 @dataclass(slots=True)
@@ -188,6 +191,7 @@ def bind(path: str) -> zmq.asyncio.Socket:
     router.setsockopt(zmq.MAXMSGSIZE, MOST_REPORT_BYTES)
     try:
         Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _remove_dead_sockets(Path(path).parent)
         router.bind(f"ipc://{path}")
     except (OSError, zmq.ZMQError) as error:
         router.close()
@@ -195,12 +199,21 @@ def bind(path: str) -> zmq.asyncio.Socket:
     return router
 
 
-async def run(engine: str, socket: str, parent_pid: int, silence_limit_s: float) -> None:
+def _remove_dead_sockets(folder: Path) -> None:
+    """Those of engines that are gone: an agent that is killed with its engine leaves its socket behind."""
+    for path in folder.glob("*.sock"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            is_old = time.time() - path.stat().st_mtime > DEAD_AFTER_S  # a new one may not listen yet
+            if is_old and probe.connect_ex(str(path)) == errno.ECONNREFUSED:
+                path.unlink()
+
+
+async def run(engine: str, socket_path: str, parent_pid: int, silence_limit_s: float) -> None:
     """Until the parent is gone, nobody has reported for silence_limit_s, or SIGTERM. Raises LlepError."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    router = bind(socket)
+    router = bind(socket_path)
     try:
         async with SchedulerClient() as client:
             agent = Agent(engine, router, client)

@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from tests.vllm.engine import free_port
 
 LLEP = Path(sys.executable).with_name("llep")
 START_TIMEOUT_S = 300.0
+PAUSE_S = 0.5  # between requests: what was killed needs the cores too, to come back
 TP_EP = ("--tensor-parallel-size", "2", "--enable-expert-parallel")
 DP_EP = ("--data-parallel-size", "2", "--enable-expert-parallel")
 # So that every batch with a few tokens is balanced, and what happens is seen at once.
@@ -39,15 +39,6 @@ VLLM = (
 def clean_environment(**more: str) -> dict[str, str]:
     """Ours, without what would steer llep."""
     return {key: value for key, value in os.environ.items() if not key.startswith(("LLEP_", "RAY_", "VLLM_"))} | more
-
-
-def wait_for(what: Callable[[], Any], timeout_s: float, every_s: float = 0.25) -> Any:
-    """The first true answer of what(). Fails when the time is over."""
-    deadline_s = time.monotonic() + timeout_s
-    while not (found := what()):
-        assert time.monotonic() < deadline_s, f"not within {timeout_s} s"
-        time.sleep(every_s)
-    return found
 
 
 class Stack:
@@ -100,6 +91,14 @@ class Stack:
             time.sleep(0.5)
         self.family.alive()
 
+    def wait_for(self, what: Callable[[], Any], timeout_s: float) -> Any:
+        """The first true answer of what(). Fails when the time is over."""
+        deadline_s = time.monotonic() + timeout_s
+        while not (found := what()):
+            assert time.monotonic() < deadline_s, f"not within {timeout_s} s:\n{self.said()[-6000:]}"
+            time.sleep(0.25)
+        return found
+
     def interrupt(self) -> None:
         """As Ctrl-C does."""
         self.process.send_signal(signal.SIGINT)
@@ -107,6 +106,10 @@ class Stack:
     def wait_for_end(self, timeout_s: float) -> int:
         """The exit code."""
         return self.process.wait(timeout_s)
+
+    def ray_starts(self) -> int:
+        """How often Ray said that it runs now."""
+        return (self.folder / "state" / "logs" / "ray.log").read_text(errors="replace").count("Ray runtime started")
 
     def children(self, *words: str) -> list[Process]:
         """Processes of the stack whose command has all of these words."""
@@ -199,9 +202,4 @@ class Traffic:
             except Exception as error:
                 self.failures.append(repr(error))
             self.longest_s = max(self.longest_s, time.monotonic() - start_s)
-            self._ends.wait(0.1)
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+            self._ends.wait(PAUSE_S)

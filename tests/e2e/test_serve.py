@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-import re
 import shutil
 import subprocess
 import tempfile
@@ -21,12 +21,14 @@ from openai import OpenAI
 
 from llep.tiny_models import write_tiny_model
 from tests.e2e.processes import Process, kill_all
-from tests.e2e.stack import EAGER_TO_LEND, TP_EP, VLLM, Stack, Traffic, listens, wait_for
+from tests.e2e.stack import EAGER_TO_LEND, TP_EP, VLLM, Stack, Traffic
 
 pytestmark = pytest.mark.e2e
 
 LAYERS, TOP_K = 4, 4
-BACK_WITHIN_S = 30.0
+BACK_WITHIN_S = 30.0  # once Ray is there again
+RAY_STARTS_WITHIN_S = 240.0  # it gives up and is started again where others take the cores
+RESTARTED_WITHIN_S = 60.0  # processes that take a second or two, beside a busy vLLM
 WORDS = "def return the a model token expert rank load plan of to lend spill fox dog over lazy quick brown".split()
 PROBE = "A plan says which rank computes which tokens of each expert, and who sends weights to whom. " * 3
 
@@ -133,7 +135,7 @@ def is_all_counted(stack: Stack, client: Client) -> bool:
 
 def assert_counts_are_exact(stack: Stack, client: Client) -> None:
     """Every pair of every real token is counted once, and nothing else: no padding, dummy or profiling step."""
-    wait_for(lambda: sum(by_rank(stack, "llep_rank_routed_tokens_total")) >= client.tokens * TOP_K * LAYERS, 10)
+    stack.wait_for(lambda: sum(by_rank(stack, "llep_rank_routed_tokens_total")) >= client.tokens * TOP_K * LAYERS, 10)
     routed, computed = (by_rank(stack, f"llep_rank_{which}_tokens_total") for which in ("routed", "computed"))
     assert sum(routed) == sum(computed) == client.tokens * TOP_K * LAYERS
 
@@ -141,7 +143,7 @@ def assert_counts_are_exact(stack: Stack, client: Client) -> None:
 def test_prefills_are_balanced(stack: Stack, client: Client) -> None:
     for prompt in prompts(6, words=150):
         client.complete(prompt)
-    loads = wait_for(lambda: (loads := stack.loads())["tokens"] >= client.tokens and loads, 10)
+    loads = stack.wait_for(lambda: (loads := stack.loads())["tokens"] >= client.tokens and loads, 10)
     assert loads["tokens"] == client.tokens
     assert 1.7 < loads["imbalance_ratio_before"] <= 2.0
     assert 1.0 <= loads["imbalance_ratio_after"] < 1.1
@@ -184,17 +186,17 @@ def test_threshold_stops_and_starts_lending(stack: Stack, client: Client, expect
     change = stack.patch(imbalance_threshold=100)
     assert change["diff"] == {"imbalance_threshold": [1.3, 100.0]}
     assert client.complete(PROBE, max_tokens=12) == expected
-    wait_for(lambda: is_all_counted(stack, client), 10)
+    stack.wait_for(lambda: is_all_counted(stack, client), 10)
     assert stack.engine()["live_revision"] == change["revision"]
     lent, balanced = lends(stack), decisions(stack, "balanced")
     for prompt in prompts(3, words=100, seed=2):
         client.complete(prompt)
-    wait_for(lambda: is_all_counted(stack, client), 10)
+    stack.wait_for(lambda: is_all_counted(stack, client), 10)
     assert lends(stack) == lent
     assert decisions(stack, "balanced") == balanced + 3 * LAYERS
     stack.patch(imbalance_threshold=1.05)
     assert client.complete(PROBE, max_tokens=12) == expected
-    wait_for(lambda: is_all_counted(stack, client), 10)
+    stack.wait_for(lambda: is_all_counted(stack, client), 10)
     assert lends(stack) > lent
     assert decisions(stack, "balanced") == balanced + 3 * LAYERS
 
@@ -222,13 +224,13 @@ def test_mode_goes_back_by_itself(stack: Stack, client: Client, expected: str) -
     routed = by_rank(stack, "llep_rank_routed_tokens_total")
     sent = client.tokens
     assert client.complete(PROBE, max_tokens=12) == expected
-    wait_for(lambda: mode() == "off", 3)
+    stack.wait_for(lambda: mode() == "off", 3)
     assert by_rank(stack, "llep_rank_routed_tokens_total") == routed  # off: nothing is counted
     client.tokens = sent
-    wait_for(lambda: stack.get("/v1/settings", engine="model")["settings"][0]["value"] == "active", 10)
+    stack.wait_for(lambda: stack.get("/v1/settings", engine="model")["settings"][0]["value"] == "active", 10)
     time.sleep(0.5)  # until the ranks hold it; it goes live with the next step
     assert client.complete(PROBE, max_tokens=12) == expected
-    wait_for(lambda: mode() == "active", 3)
+    stack.wait_for(lambda: mode() == "active", 3)
     assert_counts_are_exact(stack, client)
     (event, *_) = stack.get("/v1/events")["data"]
     assert event["kind"] == "mode" and "went back" in event["message"]
@@ -282,18 +284,24 @@ def is_live_since(stack: Stack, since_s: float) -> bool:
 
 
 def kill_and_watch(
-    stack: Stack, client: Client, expected: str, victims: list[Process], meanwhile: Callable[[], Any] = int
+    stack: Stack,
+    client: Client,
+    expected: str,
+    victims: list[Process],
+    until_s: float,
+    meanwhile: Callable[[], Any] = int,
 ) -> None:
     """SIGKILL them; requests are answered all the while, and the engine is seen again with all its counts."""
     replies: list[str] = []
-    with Traffic(lambda: replies.append(client.complete(PROBE, max_tokens=12))) as traffic:
-        wait_for(lambda: traffic.answered, 30)
+    with Traffic(lambda: replies.append(client.complete(PROBE, max_tokens=4))) as traffic:
+        stack.wait_for(lambda: traffic.answered, 30)
         kill_all(victims)
         killed_s = time.time()
         meanwhile()
-        wait_for(lambda: is_live_since(stack, killed_s + 1), BACK_WITHIN_S)
+        stack.wait_for(lambda: is_live_since(stack, killed_s + 1), until_s)
     assert not traffic.failures
-    assert set(replies) == {expected}
+    (reply,) = set(replies)
+    assert reply and expected.startswith(reply)
     assert_counts_are_exact(stack, client)
     change = stack.patch(capacity_factor=1.1)
     assert change["applied"][0]["state"] in ("live", "held")
@@ -302,20 +310,20 @@ def kill_and_watch(
 
 def test_killed_agent(stack: Stack, client: Client, expected: str) -> None:
     agent = stack.child("llep.scheduler.agent")
-    kill_and_watch(stack, client, expected, [agent])
+    kill_and_watch(stack, client, expected, [agent], RESTARTED_WITHIN_S)
     assert stack.child("llep.scheduler.agent").pid != agent.pid
 
 
 def test_killed_scheduler(stack: Stack, client: Client, expected: str) -> None:
     scheduler = stack.child("ray::Scheduler")
-    kill_and_watch(stack, client, expected, [scheduler])
+    kill_and_watch(stack, client, expected, [scheduler], RESTARTED_WITHIN_S)
     assert stack.child("ray::Scheduler").pid != scheduler.pid
 
 
 def test_killed_control_plane(stack: Stack, client: Client, expected: str) -> None:
-    with Traffic(lambda: client.complete(PROBE, max_tokens=12)) as traffic:
+    with Traffic(lambda: client.complete(PROBE, max_tokens=4)) as traffic:
         stack.child("-m llep_server").kill()
-        wait_for(lambda: is_live_since(stack, time.time() - 2), BACK_WITHIN_S)
+        stack.wait_for(lambda: is_live_since(stack, time.time() - 2), RESTARTED_WITHIN_S)
     assert not traffic.failures
     assert client.complete(PROBE, max_tokens=12) == expected
     assert_counts_are_exact(stack, client)
@@ -326,15 +334,14 @@ def test_killed_ray(stack: Stack, client: Client, expected: str) -> None:
     head = stack.child("ray.scripts.scripts start --head")
     ray = [process for process in stack.family.alive() if process.session == head.pid]
     assert len(ray) > 3
-    address = re.search(r"--port=(\d+)", head.command)
-    assert address is not None
+    starts = stack.ray_starts()
 
     def meanwhile() -> None:
         answer = httpx.patch(f"{stack.control_plane}/v1/settings", json={"capacity_factor": 3}, timeout=20)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "scheduler_unreachable")
-        wait_for(lambda: listens(int(address[1])), 120)
+        stack.wait_for(lambda: stack.ray_starts() > starts, RAY_STARTS_WITHIN_S)
 
-    kill_and_watch(stack, client, expected, ray, meanwhile)
+    kill_and_watch(stack, client, expected, ray, BACK_WITHIN_S, meanwhile)
     after = stack.get("/v1/settings", engine="model")["settings"]
     assert {s["key"]: s["value"] for s in after} == {s["key"]: s["value"] for s in settings}
     threshold = next(s for s in after if s["key"] == "imbalance_threshold")
@@ -347,4 +354,4 @@ def test_interrupt_ends_everything(stack: Stack) -> None:
     assert stack.wait_for_end(30) == 0
     assert stack.family.wait_for_end(0) == []
     assert "Traceback" not in stack.said()
-    assert [path.name for path in stack.folder.iterdir() if path.name.startswith("llep-")] == []
+    assert {path.name for path in stack.folder.glob("llep-*")} <= {f"llep-{os.getuid()}"}
