@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,31 @@ from llep.errors import UnsupportedConfiguration
 def bytes_per_expert(weights: Mapping[str, torch.Tensor]) -> int:
     """Bytes of one expert: a row of every tensor whose first dimension is local experts."""
     return sum(tensor[0].numel() * tensor.element_size() for tensor in weights.values())
+
+
+def available_host_bytes() -> int | None:
+    """Bytes that this machine, or the container, can still give to all its processes; None where nobody says."""
+    found = [bytes_left for bytes_left in (_machine_bytes(), _container_bytes()) if bytes_left is not None]
+    return min(found, default=None)
+
+
+def _machine_bytes() -> int | None:
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _container_bytes() -> int | None:
+    """What a cgroup (version 2) leaves; file pages that can be dropped count as free."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = int((folder / "memory.max").read_text()), int((folder / "memory.current").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return max(limit - used + int(stat["inactive_file"]), 0)
+    except (OSError, KeyError, ValueError):  # 'max': no limit
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +53,19 @@ class LendingPool:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     @classmethod
-    def reserve(cls, weights: Mapping[str, torch.Tensor], slots_per_rank: int, budget_bytes: int = 0) -> LendingPool:
+    def reserve(
+        cls,
+        weights: Mapping[str, torch.Tensor],
+        slots_per_rank: int,
+        budget_bytes: int = 0,
+        available_bytes: int | None = None,
+    ) -> LendingPool:
         """A pool for experts shaped like `weights`.
 
         budget_bytes > 0 decides the slots in place of slots_per_rank, and must hold at least one. The memory is
         touched at once, so that what sizes the KV cache afterwards sees it. Raises UnsupportedConfiguration if it is
-        not to be had.
+        not to be had: on a host that is more than available_bytes (this rank's part of them), and no try is made, for
+        trying would get some process killed.
         """
         local_experts = next(iter(weights.values())).shape[0]
         per_slot = bytes_per_expert(weights)
@@ -48,13 +81,17 @@ class LendingPool:
                 f"slots_per_rank={slots} is above the {local_experts} local experts of a rank: lower it",
                 param="slots_per_rank",
             )
+        key = "memory_budget_bytes" if budget_bytes else "slots_per_rank"
+        pool = f"{key}={budget_bytes or slots}: the lending pool of {slots} slots x {per_slot} bytes per rank"
+        if available_bytes is not None and slots * per_slot > available_bytes:
+            raise UnsupportedConfiguration(
+                f"{pool} is more than the {available_bytes} bytes that each rank on this machine can have: lower {key}",
+                param=key,
+            )
         try:
             # zeros, not empty: untouched pages are not counted as used memory.
             tensors = {name: tensor.new_zeros((slots, *tensor.shape[1:])) for name, tensor in weights.items()}
         except (RuntimeError, MemoryError) as error:
-            raise UnsupportedConfiguration(
-                f"the lending pool of {slots} slots x {per_slot} bytes = {slots * per_slot} bytes per rank can't be "
-                f"reserved: lower slots_per_rank or set memory_budget_bytes ({error})",
-                param="slots_per_rank",
-            ) from error
+            reason = " ".join(str(error).split())
+            raise UnsupportedConfiguration(f"{pool} can't be reserved: lower {key} ({reason})", param=key) from error
         return cls(slots, tensors)

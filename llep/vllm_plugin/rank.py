@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import secrets
+import socket
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +30,7 @@ from llep.loads import home_loads, imbalance_ratio
 from llep.messages import PROTOCOL, EngineInfo, Report
 from llep.moe.agreement import HEADER_SIZE, AgreedSettings, agreed_step
 from llep.moe.layer import Counts, LayerResult, LeastLoadedMoE
-from llep.moe.slots import LendingPool, bytes_per_expert
+from llep.moe.slots import LendingPool, available_host_bytes, bytes_per_expert
 from llep.moe.transport import Transport
 from llep.moe.window import LoadWindow
 from llep.placement import Placement
@@ -126,7 +129,7 @@ class Rank:
             slots = settings.slots_per_rank
             if self._sources["slots_per_rank"] == "default":
                 slots = min(slots, len(next(iter(weights.values()))))
-            pool = LendingPool.reserve(weights, slots, settings.memory_budget_bytes)
+            pool = LendingPool.reserve(weights, slots, settings.memory_budget_bytes, self._available_bytes())
             self._pools[shape] = pool
             logger.info(
                 "llep: lending pool reserved: %d bytes per rank (%d slots of %d bytes), shared by all layers of this "
@@ -136,6 +139,20 @@ class Rank:
                 bytes_per_expert(weights),
             )
         return self._pools[shape]
+
+    def _available_bytes(self) -> int | None:
+        """This rank's part of the host's memory, the same number on all ranks; None where the pool is elsewhere.
+
+        Asked before any rank reserves, so that ranks that share a machine don't each take what there is but once.
+        """
+        if self._transport.device.type != "cpu":
+            return None
+        machine = int.from_bytes(hashlib.blake2b(socket.gethostname().encode(), digest_size=7).digest(), "little")
+        row = torch.tensor([machine, available_host_bytes() or -1], dtype=torch.int64)
+        rows = self._transport.gather(row, "comparison of free memory").reshape(-1, 2).tolist()
+        sharing = Counter(machine for machine, _ in rows)
+        parts = [available // sharing[machine] for machine, available in rows if available >= 0]
+        return min(parts, default=None)
 
     def _home_of_experts(self, experts: VllmExperts) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(home rank, row in the home rank's weights) of each expert, from what all ranks say they own."""
@@ -162,11 +179,11 @@ class Rank:
             bytes_per_lend=first.bytes_per_expert,
         )
         self._info = self._engine_info(first)
-        socket = str(Path(tempfile.gettempdir()) / f"llep-{os.getuid()}" / f"{self._incarnation}.sock")
+        socket_path = str(Path(tempfile.gettempdir()) / f"llep-{os.getuid()}" / f"{self._incarnation}.sock")
         is_first = self._transport.rank == 0
-        agent = AgentProcess(socket, self._info.engine) if is_first and has_scheduler() else None
+        agent = AgentProcess(socket_path, self._info.engine) if is_first and has_scheduler() else None
         if has_scheduler():
-            Courier(socket, self.report, self.agreed, agent).start()
+            Courier(socket_path, self.report, self.agreed, agent).start()
         elif is_first:
             logger.info(
                 "llep: LLEP_RAY_ADDRESS is not set: no scheduler, the settings at start hold while this engine runs"

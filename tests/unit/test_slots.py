@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llep.errors import UnsupportedConfiguration
-from llep.moe.slots import LendingPool, bytes_per_expert
+from llep.moe.slots import LendingPool, available_host_bytes, bytes_per_expert
 
 WEIGHTS = {"w": torch.ones(4, 3, 5), "scale": torch.ones(4, 2, dtype=torch.float16), "bias": torch.ones(4, 5)}
 PER_EXPERT = 3 * 5 * 4 + 2 * 2 + 5 * 4
@@ -41,6 +41,20 @@ def test_refusals_name_the_value_and_the_way_out() -> None:
         LendingPool.reserve(WEIGHTS, 4, budget_bytes=10)
     with pytest.raises(UnsupportedConfiguration, match="slots_per_rank=5 is above the 4 local experts"):
         LendingPool.reserve(WEIGHTS, 5)
+
+
+def test_more_than_there_is_is_refused_before_it_is_touched() -> None:
+    assert LendingPool.reserve(WEIGHTS, 2, available_bytes=2 * PER_EXPERT).slots == 2
+    with pytest.raises(UnsupportedConfiguration, match=f"slots_per_rank=2: .* {2 * PER_EXPERT - 1} bytes .*: lower sl"):
+        LendingPool.reserve(WEIGHTS, 2, available_bytes=2 * PER_EXPERT - 1)
+    with pytest.raises(UnsupportedConfiguration, match="memory_budget_bytes=500: .*: lower memory_budget_bytes"):
+        LendingPool.reserve(WEIGHTS, 2, budget_bytes=500, available_bytes=100)
+
+
+def test_what_the_host_has_is_between_nothing_and_all() -> None:
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    found = available_host_bytes()
+    assert found is not None and 0 < found < total
 
 
 def test_a_pool_is_in_use_at_once_so_that_the_kv_cache_is_sized_with_it() -> None:
