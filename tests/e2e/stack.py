@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.e2e.processes import MARK, Family, Process, kill_all
 from tests.vllm.engine import free_port
 
+LAYERS, TOP_K = 4, 4  # of the model that the tests serve
 LLEP = Path(sys.executable).with_name("llep")
 START_TIMEOUT_S = 300.0
 PAUSE_S = 0.5  # between requests: what was killed needs the cores too, to come back

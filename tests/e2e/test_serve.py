@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import shutil
 import subprocess
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,85 +13,16 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import OpenAI
 
-from llep.tiny_models import write_tiny_model
+from tests.e2e.client import PROBE, Client, assert_counts_are_exact, by_rank, is_all_counted, prompts
 from tests.e2e.processes import Process, kill_all
-from tests.e2e.stack import EAGER_TO_LEND, TP_EP, VLLM, Stack, Traffic
+from tests.e2e.stack import EAGER_TO_LEND, LAYERS, TOP_K, TP_EP, VLLM, Stack, Traffic
 
 pytestmark = pytest.mark.e2e
 
-LAYERS, TOP_K = 4, 4
 BACK_WITHIN_S = 30.0  # once Ray is there again
 RAY_STARTS_WITHIN_S = 240.0  # it gives up and is started again where others take the cores
 RESTARTED_WITHIN_S = 60.0  # processes that take a second or two, beside a busy vLLM
-WORDS = "def return the a model token expert rank load plan of to lend spill fox dog over lazy quick brown".split()
-PROBE = "A plan says which rank computes which tokens of each expert, and who sends weights to whom. " * 3
-
-
-class Client:
-    """The openai client, adding up the tokens that went through the model."""
-
-    def __init__(self, stack: Stack) -> None:
-        self._openai = OpenAI(base_url=f"{stack.api}/v1", api_key="none", timeout=60, max_retries=0)
-        self._lock = threading.Lock()
-        self.tokens = 0
-
-    def complete(self, prompt: str, max_tokens: int = 1, **more: Any) -> str:
-        """The greedy continuation, as long as asked for."""
-        more = {"temperature": 0, "extra_body": {"ignore_eos": True}, **more}
-        answer = self._openai.completions.create(model="model", prompt=prompt, max_tokens=max_tokens, **more)
-        self._count(answer.usage)
-        return answer.choices[0].text
-
-    def stream(self, prompt: str, max_tokens: int) -> list[str]:
-        answer = self._openai.completions.create(
-            **{"model": "model", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0},
-            **{"stream": True, "stream_options": {"include_usage": True}, "extra_body": {"ignore_eos": True}},
-        )
-        *chunks, last = answer
-        self._count(last.usage)
-        return [chunk.choices[0].text for chunk in chunks]
-
-    def chat(self, content: str, max_tokens: int) -> Any:
-        answer = self._openai.chat.completions.create(
-            model="model", messages=[{"role": "user", "content": content}], max_tokens=max_tokens, temperature=0
-        )
-        self._count(answer.usage)
-        return answer.choices[0]
-
-    def stream_chat(self, content: str, max_tokens: int) -> str:
-        answer = self._openai.chat.completions.create(
-            **{"model": "model", "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens},
-            **{"temperature": 0, "stream": True, "stream_options": {"include_usage": True}},
-        )
-        *chunks, last = answer
-        self._count(last.usage)
-        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-
-    def _count(self, usage: Any) -> None:
-        # The last token is given out, but not fed back.
-        with self._lock:
-            self.tokens += usage.prompt_tokens + usage.completion_tokens - 1
-
-
-def prompts(count: int, words: int, seed: int = 0) -> list[str]:
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=words)) for _ in range(count)]
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    """With a path short enough for the unix sockets in it."""
-    folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Path:
-    """About 93% of the pairs go to experts 0-7, which live on rank 0."""
-    return write_tiny_model("gpt-oss", folder / "model", hot=tuple(range(8)), hot_share=0.93, layers=LAYERS).directory
 
 
 @pytest.fixture(scope="module")
@@ -116,28 +43,12 @@ def expected(client: Client) -> str:
     return client.complete(PROBE, max_tokens=12)
 
 
-def by_rank(stack: Stack, name: str) -> list[int]:
-    found = stack.metrics()[name]
-    return [int(found[("ep_rank", str(rank)),]) for rank in range(2)]
-
-
 def decisions(stack: Stack, decision: str) -> int:
     return int(stack.metrics()["llep_plan_decisions_total"][("decision", decision),])
 
 
 def lends(stack: Stack) -> int:
     return int(sum(stack.metrics()["llep_lends_total"].values())) // 2  # each is sent and received
-
-
-def is_all_counted(stack: Stack, client: Client) -> bool:
-    return sum(by_rank(stack, "llep_rank_routed_tokens_total")) == client.tokens * TOP_K * LAYERS
-
-
-def assert_counts_are_exact(stack: Stack, client: Client) -> None:
-    """Every pair of every real token is counted once, and nothing else: no padding, dummy or profiling step."""
-    stack.wait_for(lambda: sum(by_rank(stack, "llep_rank_routed_tokens_total")) >= client.tokens * TOP_K * LAYERS, 10)
-    routed, computed = (by_rank(stack, f"llep_rank_{which}_tokens_total") for which in ("routed", "computed"))
-    assert sum(routed) == sum(computed) == client.tokens * TOP_K * LAYERS
 
 
 def test_prefills_are_balanced(stack: Stack, client: Client) -> None:

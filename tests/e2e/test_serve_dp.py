@@ -1,0 +1,63 @@
+"""`llep serve` over two data-parallel ranks, one of which idles; then `llep serve` itself is killed."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.client import PROBE, Client, assert_counts_are_exact, prompts
+from tests.e2e.stack import DP_EP, EAGER_TO_LEND, VLLM, Stack
+
+pytestmark = pytest.mark.e2e
+
+FOLLOW_WITHIN_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def stack(model: Path, folder: Path) -> Iterator[Stack]:
+    with Stack(model, folder, *DP_EP, *VLLM, **EAGER_TO_LEND) as stack:
+        stack.wait_until_serving()
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def client(stack: Stack) -> Client:
+    return Client(stack)
+
+
+def test_loads_of_both_ranks(stack: Stack, client: Client) -> None:
+    for prompt in prompts(4, words=150):
+        client.complete(prompt)
+    assert_counts_are_exact(stack, client)
+    loads = stack.loads()
+    assert loads["tokens"] == client.tokens
+    assert [rank["rank"] for rank in loads["ranks"]] == [0, 1]
+    assert loads["imbalance_ratio_before"] > 1.7
+    assert loads["imbalance_ratio_after"] < 1.1
+    engine = stack.engine()
+    assert (engine["ep_size"], engine["tp_size"], engine["dp_size"]) == (2, 1, 2)
+
+
+def test_settings_change_on_both_ranks_while_one_idles(stack: Stack, client: Client) -> None:
+    """One request keeps one rank busy; the other runs dummy batches, so that both reach the agreed step."""
+    length = 600
+    expected = client.complete(PROBE, max_tokens=length)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.complete, PROBE, length)
+        change = stack.patch(imbalance_threshold=100)
+        stack.wait_for(lambda: stack.engine()["live_revision"] == change["revision"], FOLLOW_WITHIN_S)
+        assert not running.done()
+        assert [rank["live_revision"] for rank in stack.engine()["ranks"]] == [change["revision"]] * 2
+        assert running.result(120) == expected
+    assert_counts_are_exact(stack, client)
+
+
+def test_killed_itself_it_leaves_nobody_behind(stack: Stack) -> None:
+    assert len(stack.family.alive()) > 10
+    stack.process.send_signal(signal.SIGKILL)
+    assert stack.wait_for_end(10) == -signal.SIGKILL
+    assert stack.family.wait_for_end(60) == []
