@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from llep.planning.quota import plan_quota
 __all__ = ["PLANNERS", "PlanOptions", "plan_step", "warm_up"]
 
 Counts = npt.NDArray[np.int64]
+StepPlanner = Callable[[Counts, Placement, PlanOptions], Plan]
 
 
 def plan_step(planner: str, counts_RE: Counts, placement: Placement, options: PlanOptions) -> Plan:
@@ -46,6 +48,7 @@ def warm_up() -> bool:
         return False
     native.warm_up()
     PLANNERS["quota"] = native.plan_quota
+    PLANNERS["least_loaded"] = partial(_least_loaded, native.plan_least_loaded)
     return True
 
 
@@ -54,9 +57,13 @@ def _quota(counts_RE: Counts, placement: Placement, options: PlanOptions) -> Pla
     return plan_quota(counts_RE, placement, options)
 
 
-def _least_loaded(counts_RE: Counts, placement: Placement, options: PlanOptions) -> Plan:
+def _readable_least_loaded(counts_RE: Counts, placement: Placement, options: PlanOptions) -> Plan:
     refuse_counts(counts_RE)
-    plan = plan_least_loaded(counts_RE.sum(axis=0).tolist(), placement, options)
+    return plan_least_loaded(counts_RE.sum(axis=0).tolist(), placement, options)
+
+
+def _least_loaded(plan_step: StepPlanner, counts_RE: Counts, placement: Placement, options: PlanOptions) -> Plan:
+    plan = plan_step(counts_RE, placement, options)
     return _if_it_pays(plan, counts_RE, options) if options.cost_model is not None else plan
 
 
@@ -76,9 +83,9 @@ def _if_it_pays(plan: Plan, counts_RE: Counts, options: PlanOptions) -> Plan:
 
 
 # By name; warm_up puts compiled twins in place.
-PLANNERS: dict[str, Callable[[Counts, Placement, PlanOptions], Plan]] = {
+PLANNERS: dict[str, StepPlanner] = {
     "quota": _quota,
-    "least_loaded": _least_loaded,
+    "least_loaded": partial(_least_loaded, _readable_least_loaded),
     "home": _home,
 }
 

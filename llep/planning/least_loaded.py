@@ -91,16 +91,16 @@ class _Assignment:
         return shares
 
     def _choose(self, expert: int, left: int, shares: dict[int, int]) -> tuple[int, int]:
-        """The helper of the next piece and its size; size 0 when no rank may help."""
-        least_loaded = -1
-        for rank in sorted(range(len(self.loads)), key=self.loads.__getitem__):
-            if not self._may_help(expert, rank, shares):
-                continue
-            count = min(left, self.capacity - self.loads[rank])
-            if count >= min(left, self.options.min_chunk_tokens):
-                return rank, count
-            least_loaded = rank if least_loaded < 0 else least_loaded
-        return least_loaded, left if least_loaded >= 0 else 0
+        """The helper of the next piece and its size; size 0 when no rank may help.
+
+        Algorithm 3 goes through the helpers by load for one with room for m: the least loaded has it, or none has.
+        """
+        able = [rank for rank in range(len(self.loads)) if self._may_help(expert, rank, shares)]
+        if not able:
+            return -1, 0
+        helper = min(able, key=lambda rank: (self.loads[rank], rank))
+        count = min(left, self.capacity - self.loads[helper])
+        return helper, count if count >= self.options.min_chunk_tokens else left
 
     def _may_help(self, expert: int, rank: int, shares: dict[int, int]) -> bool:
         home, options, per_node = self.placement.home_rank[expert], self.options, self.options.ranks_per_node

@@ -1,7 +1,8 @@
-"""The compiled twin of `quota.py`: the same plans, bit for bit, in microseconds. quota.py says what it does and why.
+"""The compiled twins of `quota.py` and `least_loaded.py`: the same plans, bit for bit, in microseconds.
 
-Arrays go in, one array of segments comes out; no Python object is made inside, and working memory is bounded by ranks,
-experts and slots. `warm_up` compiles, or loads the machine code that an earlier start left on disk.
+The readable ones say what they do and why. Arrays go in, one array of segments comes out; no Python object is made
+inside, and working memory is bounded by ranks, experts and slots. `warm_up` compiles, or loads the machine code that
+an earlier start left on disk.
 """
 
 from __future__ import annotations
@@ -1101,6 +1102,122 @@ def _fewest(tried: Ints, num_tried: int, target: int) -> int:
     return best
 
 
+# -- the paper's planner -------------------------------------------------------------------------------------------
+
+
+@compiled
+def _least_loaded(
+    counts_RE: Ints,
+    slots_R: Ints,
+    instance_expert_I: Ints,
+    instance_rank_I: Ints,
+    rank_starts: Ints,
+    rank_instances: Ints,
+    replica_starts: Ints,
+    free_bytes_R: Ints,
+    imbalance_threshold: float,
+    capacity_factor: float,
+    chunk: int,
+    bytes_per_expert: int,
+    most_lends: int,
+    ranks_per_node: int,
+    is_node_scope: bool,
+) -> tuple[int, Ints]:
+    """least_loaded.plan_least_loaded: (index of the decision, segments)."""
+    ep_size, num_experts = counts_RE.shape
+    tokens_E = np.empty(num_experts, dtype=np.int64)
+    if not _sum_counts(counts_RE, tokens_E):
+        return REFUSED, np.empty((0, 4), dtype=np.int64)
+    plain = np.zeros(ep_size, dtype=np.int64)
+    for expert in range(num_experts):
+        plain[instance_rank_I[expert]] += tokens_E[expert]
+    total, plain_worst = plain.sum(), plain.max()
+    if total == 0 or plain_worst * ep_size / total < imbalance_threshold:
+        return BALANCED, _home(tokens_E, instance_rank_I)
+    capacity = int(np.ceil(capacity_factor * total / ep_size))
+    if plain_worst <= capacity:
+        return BALANCED, _home(tokens_E, instance_rank_I)
+    lend_slots = slots_R.copy()
+    for rank in range(len(free_bytes_R)):
+        lend_slots[rank] = min(lend_slots[rank], free_bytes_R[rank] // bytes_per_expert)
+
+    node_R = np.arange(ep_size) // ranks_per_node
+    tables = Tables(instance_expert_I, instance_rank_I, rank_starts, rank_instances, replica_starts, node_R)
+    loads, slots, lends_left = plain.copy(), lend_slots.copy(), most_lends
+    num_shares = num_experts + min(most_lends, slots.sum()) + len(instance_rank_I) - num_experts
+    shares_2N = np.empty((2, num_shares), dtype=np.int64)  # rank, tokens; an expert's are neighbours, home first
+    first_share_E, num_shares_E = np.zeros(num_experts, dtype=np.int64), np.zeros(num_experts, dtype=np.int64)
+    holder_R, taker_R = np.full(ep_size, -1, dtype=np.int64), np.full(ep_size, -1, dtype=np.int64)
+    order = np.arange(num_experts)
+    _sort_by(-tokens_E, order, num_experts)
+    size = 0
+    for index in range(num_experts):
+        expert = int(order[index])
+        tokens, home = tokens_E[expert], instance_rank_I[expert]
+        if tokens == 0:
+            break
+        loads[home] -= tokens
+        left = tokens - min(tokens, max(capacity - loads[home], 0))
+        first, last = _replicas(expert, tables)
+        for instance in range(first, last):
+            holder_R[instance_rank_I[instance]] = expert
+        home_share = size
+        first_share_E[expert] = size
+        shares_2N[0, size] = home
+        size += 1
+        spilled = 0
+        while left >= chunk:
+            helper = -1
+            for rank in range(ep_size):
+                if rank == home:
+                    continue
+                is_able = holder_R[rank] == expert or taker_R[rank] == expert
+                if not is_able and lends_left > 0 and slots[rank] > 0:
+                    is_able = not is_node_scope or node_R[rank] == node_R[home]
+                if is_able and (helper < 0 or loads[rank] < loads[helper]):
+                    helper = rank
+            if helper < 0:
+                break
+            count = min(left, capacity - loads[helper])
+            if count < chunk:
+                count = left
+            if taker_R[helper] != expert:
+                if holder_R[helper] != expert:
+                    slots[helper] -= 1
+                    lends_left -= 1
+                taker_R[helper] = expert
+                shares_2N[0, size] = helper
+                shares_2N[1, size] = 0
+                size += 1
+            share = home_share + 1
+            while shares_2N[0, share] != helper:
+                share += 1
+            shares_2N[1, share] += count
+            loads[helper] += count
+            left -= count
+            spilled += count
+        shares_2N[1, home_share] = tokens - spilled
+        loads[home] += tokens - spilled
+        num_shares_E[expert] = size - home_share
+    if size == np.count_nonzero(tokens_E):
+        return _refusal(plain, total, slots_R, lend_slots, most_lends), _home(tokens_E, instance_rank_I)
+    if loads.max() >= plain_worst:
+        return NO_GAIN, _home(tokens_E, instance_rank_I)
+    segments = np.empty((size, 4), dtype=np.int64)
+    num_segments = 0
+    for expert in range(num_experts):
+        start = 0
+        for share in range(first_share_E[expert], first_share_E[expert] + num_shares_E[expert]):
+            if shares_2N[1, share]:
+                segments[num_segments, 0] = expert
+                segments[num_segments, 1] = shares_2N[0, share]
+                segments[num_segments, 2] = start
+                start += shares_2N[1, share]
+                segments[num_segments, 3] = start
+                num_segments += 1
+    return LEND if lends_left < most_lends else REPLICA, segments[:num_segments].copy()
+
+
 # -- from Python ---------------------------------------------------------------------------------------------------
 
 
@@ -1126,13 +1243,36 @@ def plan_quota(counts_RE: Ints, placement: Placement, options: PlanOptions) -> P
         options.lend_scope == "node",
         options.phase == "decode",
     )
-    if number == REFUSED:
-        refuse_counts(counts_RE)
-    ranks_per_node = options.ranks_per_node if number in (LEND, REPLICA) else None
-    return Plan(DECISIONS[number], placement, segments, ranks_per_node=ranks_per_node, predicted_gain_s=gain_s)
+    return _plan_of(number, counts_RE, placement, segments, options.ranks_per_node, gain_s)
 
 
 NO_COSTS = (NO_INTS, NO_FLOATS, NO_FLOATS, NO_FLOATS, 1)
+
+
+def plan_least_loaded(counts_RE: Ints, placement: Placement, options: PlanOptions) -> Plan:
+    """The same plan as `least_loaded.plan_least_loaded`'s; counts_RE as for plan_quota."""
+    number, segments = _least_loaded(
+        counts_RE,
+        *placement.arrays,
+        options.free_bytes_R,
+        float(options.imbalance_threshold),
+        float(options.capacity_factor),
+        options.min_chunk_tokens,
+        options.bytes_per_expert,
+        max_lends(options),
+        options.ranks_per_node or placement.ep_size,
+        options.lend_scope == "node",
+    )
+    return _plan_of(number, counts_RE, placement, segments, options.ranks_per_node, 0.0)
+
+
+def _plan_of(
+    number: int, counts_RE: Ints, placement: Placement, segments: Ints, ranks_per_node: int | None, gain_s: float
+) -> Plan:
+    if number == REFUSED:
+        refuse_counts(counts_RE)
+    per_node = ranks_per_node if number in (LEND, REPLICA) else None
+    return Plan(DECISIONS[number], placement, segments, ranks_per_node=per_node, predicted_gain_s=gain_s)
 
 
 def _costs(model: CostModel) -> tuple[Ints, Floats, Floats, Floats, int]:
@@ -1141,6 +1281,8 @@ def _costs(model: CostModel) -> tuple[Ints, Floats, Floats, Floats, int]:
 
 def warm_up() -> None:
     """Compile, or load what an earlier start left on disk. From then on nothing is compiled any more."""
-    counts_RE = np.array([[8, 0], [8, 0]], dtype=np.int64)
-    plan_quota(counts_RE, Placement.linear(2, 2, 1), PlanOptions(min_chunk_tokens=1))
-    cast(Any, _plan).disable_compile()
+    counts_RE, placement = np.array([[8, 0], [8, 0]], dtype=np.int64), Placement.linear(2, 2, 1)
+    for plan in (plan_quota, plan_least_loaded):
+        plan(counts_RE, placement, PlanOptions(min_chunk_tokens=1))
+    for function in (_plan, _least_loaded):
+        cast(Any, function).disable_compile()

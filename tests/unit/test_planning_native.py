@@ -1,4 +1,4 @@
-"""The compiled planner makes the plans that quota.py defines, bit for bit, and is never compiled in a request."""
+"""The compiled planners make the plans that the readable ones define, bit for bit; nothing is compiled in a request."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from bench.planning.optimum import excess_over_optimum, small_case
 from llep.generate import zipf_counts
 from llep.placement import Placement
 from llep.planning import PLANNERS, PlanOptions, native, plan_step, quota, warm_up
+from llep.planning.least_loaded import plan_least_loaded
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> Iterator[None]:
-    """The compiled planner behind plan_step, for this module only. Compiling takes half a minute, once."""
-    readable = PLANNERS["quota"]
+    """The compiled planners behind plan_step, for this module only. Compiling takes half a minute, once."""
+    readable = dict(PLANNERS)
     assert warm_up()
     yield
-    PLANNERS["quota"] = readable
+    PLANNERS.update(readable)
 
 
 @given(seed=st.integers(0, 2**32 - 1))
@@ -33,6 +34,8 @@ def compiled() -> Iterator[None]:
 def test_equals_the_definition(seed: int) -> None:
     case = random_case(seed)
     assert native.plan_quota(*case) == quota.plan_quota(*case)
+    tokens_E = case.counts_RE.sum(axis=0).tolist()
+    assert native.plan_least_loaded(*case) == plan_least_loaded(tokens_E, case.placement, case.options)
 
 
 @pytest.mark.parametrize("ratio", [1.51, 3.03])
