@@ -7,6 +7,7 @@ an earlier start left on disk.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -113,14 +114,27 @@ class Tried(NamedTuple):
     size: Ints
 
 
-def _set_cache_folder() -> None:
-    """Numba caches beside the source or in the user's cache; where neither can be written, use the temporary folder."""
-    beside, home = Path(__file__).parent, Path.home()
-    if not (numba.config.CACHE_DIR or os.access(beside, os.W_OK) or os.access(home, os.W_OK)):
-        numba.config.CACHE_DIR = str(Path(tempfile.gettempdir()) / f"llep-numba-{os.getuid()}")
+def _cache_folder() -> Path:
+    """Where the machine code is kept: beside the source, else in the user's cache, else in the temporary folder.
+
+    The name is a digest of all that is compiled in. Numba looks at this file alone, but constants come from others.
+    """
+    here = Path(__file__).parent
+    sources = (here / "native.py", here / "quota.py", here / "options.py", here.parent / "plan.py")
+    name = "llep-" + hashlib.blake2b(b"".join(path.read_bytes() for path in sources), digest_size=6).hexdigest()
+    roots = [Path(numba.config.CACHE_DIR)] if numba.config.CACHE_DIR else [here / "__pycache__", Path.home() / ".cache"]
+    for root in roots:
+        try:
+            (root / name).mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(root / name, os.W_OK):
+            return root / name
+    return Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
 
 
-_set_cache_folder()
+# For the functions of this module only: other users of numba in this process keep their folder.
+_others_cache, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(_cache_folder())
 
 
 def compiled(function: F) -> F:
@@ -1286,3 +1300,6 @@ def warm_up() -> None:
         plan(counts_RE, placement, PlanOptions(min_chunk_tokens=1))
     for function in (_plan, _least_loaded):
         cast(Any, function).disable_compile()
+
+
+numba.config.CACHE_DIR = _others_cache
