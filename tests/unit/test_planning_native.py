@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from bench.planning.cases import random_case
 from bench.planning.fuzz import fuzz
 from bench.planning.optimum import excess_over_optimum, small_case
+from llep.cost import PRESETS
 from llep.generate import zipf_counts
 from llep.placement import Placement
 from llep.planning import PLANNERS, PlanOptions, native, plan_step, quota, warm_up
@@ -79,6 +81,21 @@ def test_lends_of_a_large_batch(ratio: float, most_lends: int) -> None:
 def test_any_integer_counts_run_without_compiling_again(counts: np.ndarray) -> None:  # type: ignore[type-arg]
     options = PlanOptions(imbalance_threshold=1, capacity_factor=1, min_chunk_tokens=1)
     assert plan_step("quota", counts, Placement.linear(2, 2, 1), options).rank_loads == [8, 8]
+
+
+def test_memory_does_not_grow_with_plans() -> None:
+    counts_RE, placement = zipf_counts(64, 256, 8192 * 8, 2.0, 0), Placement.linear(256, 64, 2)
+    options = PlanOptions(cost_model=PRESETS["h200"], ranks_per_node=8)
+
+    def resident_pages() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    for _ in range(500):
+        plan_step("quota", counts_RE, placement, options)
+    before = resident_pages()
+    for _ in range(5000):
+        plan_step("quota", counts_RE, placement, options)
+    assert resident_pages() - before < 256  # 1 MiB; one plan's segments are 10 KiB
 
 
 def test_without_numba_the_definition_plans() -> None:
