@@ -192,7 +192,7 @@ def test_when_the_skew_moves_what_became_idle_makes_room() -> None:
     assert_valid(second.replicas, HOME, allowed)
     assert second.dropped and second.added
     fresh = plan_replicas(forecast_of(after), HOME, (), allowed)
-    assert max(second.imbalance_after_L) < max(fresh.imbalance_after_L) + 0.1
+    assert max(second.imbalance_after_L) < max(fresh.imbalance_after_L) + 0.2
     assert len(second.added) < RANKS * LAYERS
 
 
