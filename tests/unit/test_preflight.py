@@ -227,6 +227,13 @@ def test_untested_vllm(refused: Refused, model: Path, monkeypatch: pytest.Monkey
     assert_said(refused(model), USAGE, "vllm 9.9.9", "0.32.x", 'pip install "llep[vllm]"')
 
 
+def test_missing_packages(refused: Refused, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, extra in (("ray", "scheduler"), ("uvicorn", "server")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)  # as Python marks what is not there
+            assert_said(refused(model), USAGE, f"{module} is not installed", f'pip install "llep[{extra}]"')
+
+
 # Places
 
 
