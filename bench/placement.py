@@ -27,10 +27,10 @@ from llep.planning.replicas import Forecast, Replica, ReplicaLimits, plan_replic
 from llep.planning.split import Split
 from llep.shapes import SHAPES, ModelShape
 
-ROUNDS, WARM_UP, WINDOWS_PER_ROUND = 12, 8, 4
+ROUNDS, WARM_UP, WINDOWS_PER_ROUND = 10, 8, 4
 CASES = [
     (model, ranks, layers, workload)
-    for model, ranks, layers in (("gpt-oss-120b", 8, 8), ("deepseek-v3", 32, 8), ("deepseek-v3", 64, 8))
+    for model, ranks, layers in (("gpt-oss-120b", 8, 8), ("deepseek-v3", 64, 8))
     for workload in (
         "balanced",
         "zipf:ratio=1.3",
