@@ -45,7 +45,7 @@ def test_status(busy: Running, llep: Llep) -> None:
 
 def test_loads_ranks_in_every_format(busy: Running, llep: Llep) -> None:
     outputs = {
-        format: llep("loads", "ranks", "--window", "2m", "--engine", "tiny", "-o", format, LLEP_SERVER=busy.url)
+        format: llep("loads", "ranks", "--window", "15m", "--engine", "tiny", "-o", format, LLEP_SERVER=busy.url)
         for format in ("table", "json", "yaml", "csv")
     }
     assert {ended.returncode for ended in outputs.values()} == {OK}
