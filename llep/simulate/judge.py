@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from llep.cost import CostModel, arrivals_s
 from llep.placement import Placement
-from llep.plan import Plan, relay
+from llep.plan import RELAY_FAN_OUT, Plan, relay
 from llep.simulate.setup import Setup
 from llep.simulate.tally import Tally
 
@@ -67,12 +67,24 @@ class Judge:
 
     def _arrivals_s(self, placement: Placement, experts: Counts, ranks: Counts) -> Floats:
         assert self._model is not None
+        size = self._bytes or self._model.expert_bytes
+        if self._per_node is None and not placement.replicas and np.bincount(experts).max(initial=0) < RELAY_FAN_OUT:
+            return self._first_round_s(placement.home_rank_E[experts], ranks, size)
         receivers: dict[int, list[int]] = {}
         for expert, rank in zip(experts.tolist(), ranks.tolist(), strict=True):
             receivers.setdefault(expert, []).append(rank)
         hops = relay(receivers, placement, self._per_node)
-        size = self._bytes or self._model.expert_bytes
         return np.array(arrivals_s(hops, self._ranks, self._per_node, self._model, size))
+
+    def _first_round_s(self, src_ranks: Counts, dst_ranks: Counts, size: int) -> Floats:
+        """Arrivals [R] where every weight goes straight from its home: at once, while the busiest port takes."""
+        assert self._model is not None
+        arrivals_R = np.zeros(self._ranks)
+        if len(src_ranks):
+            busiest = max(int(np.bincount(src_ranks).max()), int(np.bincount(dst_ranks).max()))
+            link = self._model.node_link
+            arrivals_R[dst_ranks] = link.latency_s + busiest * size / link.bytes_per_s
+        return arrivals_R
 
     def ideal_s(self, num_tokens: int) -> float:
         """Seconds of one layer were every expert equally popular and every rank equally loaded."""
