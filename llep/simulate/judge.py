@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from llep.cost import CostModel, arrivals_s
 from llep.placement import Placement
-from llep.plan import RELAY_FAN_OUT, Plan, relay
+from llep.plan import Plan, relay
 from llep.simulate.setup import Setup
 from llep.simulate.tally import Tally
 
@@ -45,12 +45,21 @@ class Judge:
         lends_R = np.bincount(rank_P[is_lent_P], minlength=self._ranks)
         used_R = (lends_R + resident_R) * self._bytes + loads_R.astype(np.int64) * self._pair_bytes
         seconds = 0.0
-        if self._model is not None:
+        if self._model is not None and plan.predicted_gain_s:
+            # The planner has predicted the same already, and faster.
+            tokens_E = _sums(segments_S4[:, 0], tokens_S, self._experts)
+            seconds = self._home_s(plan.placement, tokens_E) - plan.predicted_gain_s
+        elif self._model is not None:
             seconds = self.predicted_s(plan.placement, expert_P, rank_P, tokens_P, is_lent_P)
             seconds += self._model.plan_s if is_planned and is_spilled_P.any() else 0.0
         return tally.add(
             layer, plan.decision.value, loads_R, lends_R, used_R, float(tokens_P[is_spilled_P].sum()), seconds
         )
+
+    def _home_s(self, placement: Placement, tokens_E: Floats) -> float:
+        experts = np.flatnonzero(tokens_E > 0)
+        nothing_lent = np.zeros(len(experts), dtype=bool)
+        return self.predicted_s(placement, experts, placement.home_rank_E[experts], tokens_E[experts], nothing_lent)
 
     def predicted_s(
         self, placement: Placement, expert_P: Counts, rank_P: Counts, tokens_P: Floats, is_lent_P: npt.NDArray[np.bool_]
@@ -67,24 +76,12 @@ class Judge:
 
     def _arrivals_s(self, placement: Placement, experts: Counts, ranks: Counts) -> Floats:
         assert self._model is not None
-        size = self._bytes or self._model.expert_bytes
-        if self._per_node is None and not placement.replicas and np.bincount(experts).max(initial=0) < RELAY_FAN_OUT:
-            return self._first_round_s(placement.home_rank_E[experts], ranks, size)
         receivers: dict[int, list[int]] = {}
         for expert, rank in zip(experts.tolist(), ranks.tolist(), strict=True):
             receivers.setdefault(expert, []).append(rank)
         hops = relay(receivers, placement, self._per_node)
+        size = self._bytes or self._model.expert_bytes
         return np.array(arrivals_s(hops, self._ranks, self._per_node, self._model, size))
-
-    def _first_round_s(self, src_ranks: Counts, dst_ranks: Counts, size: int) -> Floats:
-        """Arrivals [R] where every weight goes straight from its home: at once, while the busiest port takes."""
-        assert self._model is not None
-        arrivals_R = np.zeros(self._ranks)
-        if len(src_ranks):
-            busiest = max(int(np.bincount(src_ranks).max()), int(np.bincount(dst_ranks).max()))
-            link = self._model.node_link
-            arrivals_R[dst_ranks] = link.latency_s + busiest * size / link.bytes_per_s
-        return arrivals_R
 
     def ideal_s(self, num_tokens: int) -> float:
         """Seconds of one layer were every expert equally popular and every rank equally loaded."""
