@@ -38,10 +38,12 @@ def small_case(seed: int) -> Case:
 
 
 def excess_over_optimum(case: Case, time_limit_s: float = 1.0) -> float:
-    """Maximum load of quota's plan over the optimum's (or over HiGHS's bound, if the limit was hit)."""
+    """Maximum load of quota's plan over the optimum's, or over what HiGHS and the mean load bound it by in that time."""
     plan = plan_step("quota", *case)
-    optimum = plan_optimum(case.counts_RE.sum(axis=0), case.placement, case.options, time_limit_s)
-    return max(plan.rank_loads) / (max(optimum.plan.rank_loads) * (1.0 - optimum.gap)) - 1.0
+    tokens_E = case.counts_RE.sum(axis=0)
+    optimum = plan_optimum(tokens_E, case.placement, case.options, time_limit_s)
+    bound = max(max(optimum.plan.rank_loads) * (1.0 - optimum.gap), tokens_E.sum() / case.placement.ep_size)
+    return max(plan.rank_loads) / float(bound) - 1.0
 
 
 def main() -> None:
