@@ -76,7 +76,7 @@ def prompts(count: int, words: int, seed: int = 0) -> list[str]:
 
 
 def by_rank(stack: Stack, name: str) -> list[int]:
-    found = stack.metrics()[name]
+    found = stack.metric(name)
     return [int(found[("ep_rank", str(rank)),]) for rank in range(2)]
 
 

@@ -26,6 +26,7 @@ from tests.vllm.engine import free_port
 LAYERS, TOP_K = 4, 4  # of the model that the tests serve
 LLEP = Path(sys.executable).with_name("llep")
 START_TIMEOUT_S = 300.0
+METRIC_WITHIN_S = 60.0
 PAUSE_S = 0.5  # between requests: what was killed needs the cores too, to come back
 TP_EP = ("--tensor-parallel-size", "2", "--enable-expert-parallel")
 DP_EP = ("--data-parallel-size", "2", "--enable-expert-parallel")
@@ -99,6 +100,10 @@ class Stack:
             assert time.monotonic() < deadline_s, f"not within {timeout_s} s:\n{self.said()[-6000:]}"
             time.sleep(0.25)
         return found
+
+    def metric(self, name: str) -> Any:
+        """One family of /metrics, as in metrics(); waits for it, for an engine that is late is not shown for a while."""
+        return self.wait_for(lambda: self.metrics().get(name), METRIC_WITHIN_S)
 
     def interrupt(self) -> None:
         """As Ctrl-C does."""

@@ -44,11 +44,11 @@ def expected(client: Client) -> str:
 
 
 def decisions(stack: Stack, decision: str) -> int:
-    return int(stack.metrics()["llep_plan_decisions_total"][("decision", decision),])
+    return int(stack.metric("llep_plan_decisions_total")[("decision", decision),])
 
 
 def lends(stack: Stack) -> int:
-    return int(sum(stack.metrics()["llep_lends_total"].values())) // 2  # each is sent and received
+    return int(sum(stack.metric("llep_lends_total").values())) // 2  # each is sent and received
 
 
 def test_prefills_are_balanced(stack: Stack, client: Client) -> None:
@@ -84,7 +84,7 @@ def test_every_token_is_counted_once(stack: Stack, client: Client) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda job: client.complete(*job), zip(prompts(10, words=120, seed=1), lengths, strict=True)))
     assert_counts_are_exact(stack, client)
-    by_layer = stack.metrics()["llep_layer_rank_computed_tokens_total"]
+    by_layer = stack.metric("llep_layer_rank_computed_tokens_total")
     for layer in map(str, range(LAYERS)):
         computed = [by_layer[("ep_rank", str(rank)), ("layer", layer)] for rank in range(2)]
         assert sum(computed) == client.tokens * TOP_K
