@@ -102,7 +102,7 @@ class Stack:
         return found
 
     def metric(self, name: str) -> Any:
-        """One family of /metrics, as in metrics(); waits for it, for an engine that is late is not shown for a while."""
+        """One family of metrics(); waits for it, since an engine that is late is not shown for a while."""
         return self.wait_for(lambda: self.metrics().get(name), METRIC_WITHIN_S)
 
     def interrupt(self) -> None:
