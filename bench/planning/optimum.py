@@ -38,7 +38,7 @@ def small_case(seed: int) -> Case:
 
 
 def excess_over_optimum(case: Case, time_limit_s: float = 1.0) -> float:
-    """Maximum load of quota's plan over the optimum's, or over what HiGHS and the mean load bound it by in that time."""
+    """Maximum load of quota's plan over the optimum's, or over what HiGHS and the mean load bound it in that time."""
     plan = plan_step("quota", *case)
     tokens_E = case.counts_RE.sum(axis=0)
     optimum = plan_optimum(tokens_E, case.placement, case.options, time_limit_s)
