@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +23,15 @@ def add_to(app: typer.Typer) -> None:
     plans.command("simulate")(simulate)
     plans.command("place")(place)
     app.add_typer(plans, name="plan")
+
+
+@contextmanager
+def needs_planning() -> Iterator[None]:
+    """Around imports: says what to install where the extra `planning` is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise LlepError(f"this needs the package {error.name}: pip install 'llep[planning]'") from None
 
 
 def simulate(
@@ -53,10 +64,11 @@ def place(
     output: Annotated[Format, typer.Option("-o", "--output", help="json and yaml hold the home ranks.")] = Format.TABLE,
 ) -> None:
     """Choose home ranks offline: even loads, and experts that tokens visit in turn close together."""
-    import numpy as np
+    with needs_planning():
+        import numpy as np
 
-    from llep.planning.milp import HomeOptions, plan_homes
-    from llep.traces import Trace
+        from llep.planning.milp import HomeOptions, plan_homes
+        from llep.traces import Trace
 
     trace = Trace(recording, skip_broken=skip_broken)
     loads_LE = np.zeros((trace.shape.num_layers, trace.shape.num_experts), dtype=np.int64)

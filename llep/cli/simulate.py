@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llep.cli.output import Format, show
+from llep.cli.plan import needs_planning
 from llep.errors import LlepError, SettingsError
 
 if TYPE_CHECKING:
@@ -68,9 +69,11 @@ def simulate(
     output: Annotated[Format, typer.Option("-o", "--output", help="How to print the result.")] = Format.TABLE,
 ) -> None:
     """Replay loads under several planners: imbalance, lends, bytes, memory, predicted time, planning time."""
-    from llep.planning import warm_up
-    from llep.simulate import simulate as run
-    from llep.simulate import summary
+    with needs_planning():
+        from llep import traces  # noqa: F401
+        from llep.planning import warm_up
+        from llep.simulate import simulate as run
+        from llep.simulate import summary
 
     warm_up()
     loads = (

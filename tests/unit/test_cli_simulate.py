@@ -159,3 +159,20 @@ def test_files_that_are_no_recordings(tmp_path: Path) -> None:
     (tmp_path / "full" / "thing").write_text("no")
     done = llep("simulate", "balanced", *SMALL, "--save", str(tmp_path / "full"))
     assert done.returncode == 1 and "is not empty: give a recording a folder of its own" in done.stderr
+
+
+@pytest.mark.parametrize("package", ["scipy", "pyarrow"])
+def test_without_the_planning_extra(package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from llep.cli import main; main()"
+    command = [sys.executable, "-c", code, "simulate", "balanced", *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert f"this needs the package {package}" in done.stderr and "pip install 'llep[planning]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_nothing_of_this_needs_torch_vllm_or_ray() -> None:
+    modules = "llep.simulate.chart, llep.traces, llep.generate, llep.planning.milp, llep.planning.question, llep.cost"
+    code = f"import sys, {modules}; print([name for name in ('torch', 'vllm', 'ray') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stderr
