@@ -46,10 +46,12 @@ def simulate(
     "imbalance_threshold": x?, "cost_model": name or null}.
     """
     from llep.planning import warm_up
-    from llep.planning.question import answer, parse_question
+    from llep.planning.question import answer, check_planner, parse_question
 
+    check_planner(planner)
+    question = parse_question(_read(file))
     warm_up()
-    found = answer(parse_question(_read(file)), planner)
+    found = answer(question, planner)
     show(_summary(found), output, data=found, title=f"{found['planner']}: {found['decision']}")
 
 

@@ -74,8 +74,8 @@ def simulate(
         from llep.planning import warm_up
         from llep.simulate import simulate as run
         from llep.simulate import summary
+        from llep.simulate.contenders import make_planner
 
-    warm_up()
     loads = (
         _recorded(Path(source), skip_broken, steps)
         if Path(source).exists() or not _is_workload(source)
@@ -89,10 +89,12 @@ def simulate(
         "lend_scope": lend_scope,
         "ranks_per_node": ranks_per_node,
     }
-    setup = _setup(
-        loads, ranks or loads.ranks, slots_per_rank, bytes_per_expert, free_bytes, cost_model, window_steps, options
-    )
+    num_ranks = loads.ranks if ranks is None else ranks
+    setup = _setup(loads, num_ranks, slots_per_rank, bytes_per_expert, free_bytes, cost_model, window_steps, options)
+    for name in planner or DEFAULT_PLANNERS:
+        make_planner(name, setup)
     _check_chart(chart)
+    warm_up()
     replayed = loads.steps if save is None else _saved(loads, save)
     with _progress(loads.count) as on_step:
         found = summary(_run(run, replayed, setup, planner or DEFAULT_PLANNERS, on_step))

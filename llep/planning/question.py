@@ -64,14 +64,19 @@ def parse_question(values: Any) -> Question:
         raise SettingsError(str(error)) from None
 
 
+def check_planner(planner: str) -> None:
+    """Raise SettingsError unless a planner has this name."""
+    if planner not in PLANNERS:
+        raise SettingsError(f"planner={planner!r} is unknown; choose one of {', '.join(PLANNERS)}", param="planner")
+
+
 def answer(question: Question, planner: str) -> dict[str, Any]:
     """What the planner does: the JSON form that `llep plan simulate` prints. SettingsError for an unknown planner.
 
     plan_us is the median of 20 plans after one to warm up. Without a cost model the predicted gain is 0, without
     bytes_per_expert the lends have 0 bytes.
     """
-    if planner not in PLANNERS:
-        raise SettingsError(f"planner={planner!r} is unknown; choose one of {', '.join(PLANNERS)}", param="planner")
+    check_planner(planner)
     counts_RE, placement, options = question.counts_RE, question.placement, question.options
     plan = plan_step(planner, counts_RE, placement, options)
     seconds = []
