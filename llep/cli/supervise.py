@@ -94,7 +94,7 @@ class Child:
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         self._started_s = time.monotonic()
         if output:
@@ -155,7 +155,7 @@ def sweep(variable: str, value: str, is_urgent: Callable[[], bool] = never) -> N
     _kill(lambda: _marked(mark))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child, before it starts: be told to end should `llep serve` be killed. Linux only; elsewhere nothing."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

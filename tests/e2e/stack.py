@@ -20,12 +20,14 @@ from typing import Any, Self
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from llep.cli.supervise import end_with_parent
 from tests.e2e.processes import MARK, Family, Process, kill_all
 from tests.vllm.engine import free_port
 
 LAYERS, TOP_K = 4, 4  # of the model that the tests serve
 LLEP = Path(sys.executable).with_name("llep")
 START_TIMEOUT_S = 300.0
+RETRY_S = 30.0  # where others take the cores the scheduler may answer late
 METRIC_WITHIN_S = 60.0
 PAUSE_S = 0.5  # between requests: what was killed needs the cores too, to come back
 TP_EP = ("--tensor-parallel-size", "2", "--enable-expert-parallel")
@@ -64,7 +66,12 @@ class Stack:
     def __enter__(self) -> Self:
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
-                self._command, env=self._environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                self._command,
+                env=self._environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=end_with_parent,  # should the tests themselves be killed
             )
         return self
 
@@ -129,15 +136,22 @@ class Stack:
     # What one asks it.
 
     def get(self, path: str, **query: Any) -> Any:
-        response = httpx.get(f"{self.control_plane}{path}", params=query, timeout=20)
-        assert response.status_code == 200, response.text
-        return response.json()
+        return self._ask("GET", path, params=query)
 
     def patch(self, **settings: Any) -> Any:
-        """Change settings over HTTP; every engine runs them when it returns, at the next step."""
-        response = httpx.patch(f"{self.control_plane}/v1/settings", json=settings, timeout=20)
-        assert response.status_code == 200, response.text
-        return response.json()
+        """Change settings over HTTP; every engine runs them when it returns, or from the next step on."""
+        return self._ask("PATCH", "/v1/settings", json=settings)
+
+    def _ask(self, method: str, path: str, **more: Any) -> Any:
+        """The answer; a scheduler that can't be reached at first is asked again, as the error says."""
+        deadline_s = time.monotonic() + RETRY_S
+        while True:
+            response = httpx.request(method, f"{self.control_plane}{path}", timeout=20, **more)
+            is_late = response.status_code == 503 and response.json()["error"]["code"] == "scheduler_unreachable"
+            if not is_late or time.monotonic() > deadline_s:
+                assert response.status_code == 200, response.text
+                return response.json()
+            time.sleep(0.5)
 
     def loads(self, window_s: float = 60) -> dict[str, Any]:
         (loads,) = self.get("/v1/loads", window_s=window_s)["data"]
@@ -146,6 +160,11 @@ class Stack:
     def engine(self) -> dict[str, Any]:
         (engine,) = self.get("/v1/engines")["data"]
         return dict(engine)
+
+    def ranks_at(self, revision: int) -> list[dict[str, Any]]:
+        """All ranks, once all of them run this revision; none before."""
+        ranks = self.engine()["ranks"]
+        return ranks if all(rank["live_revision"] == revision for rank in ranks) else []
 
     def metrics(self) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
         """name -> labels (without the engine's) -> value, as Prometheus would read it."""
@@ -181,8 +200,9 @@ class Stack:
 class Traffic:
     """Requests one after the other in a thread of its own, as long as the block lasts."""
 
-    def __init__(self, send: Callable[[], Any]) -> None:
+    def __init__(self, send: Callable[[], Any], pause_s: float = PAUSE_S) -> None:
         self._send = send
+        self._pause_s = pause_s
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.answered = 0
@@ -208,4 +228,4 @@ class Traffic:
             except Exception as error:
                 self.failures.append(repr(error))
             self.longest_s = max(self.longest_s, time.monotonic() - start_s)
-            self._ends.wait(PAUSE_S)
+            self._ends.wait(self._pause_s)
