@@ -106,6 +106,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     incarnation: str  # new for each start of the engine; equal on all its ranks
     seq: int  # 1, 2, 3, ... for each (incarnation, rank)
     time_s: float  # unix time
+    counting_s: float  # seconds since this rank began to count
     step: int  # steps since start, dummy ones included
     steps: dict[str, int]  # STEP_PHASES -> real steps
     held_revision: int  # newest settings revision this rank has received

@@ -77,6 +77,7 @@ class Child:
     environment: Mapping[str, str]
     log: Path | None
     stop_s: float = 10.0  # what it may take to end in good order
+    group_nice: int = 0  # of its whole session, where Linux groups processes by session; higher yields to the others
     process: subprocess.Popen[bytes] | None = None
     _started_s: float = field(default=0.0, init=False)
     _pause_s: float = field(default=1.0, init=False)
@@ -99,6 +100,9 @@ class Child:
         self._started_s = time.monotonic()
         if output:
             output.close()
+        if self.group_nice:
+            with contextlib.suppress(OSError):  # no such groups here
+                Path(f"/proc/{self.process.pid}/autogroup").write_text(str(self.group_nice))
 
     @property
     def status(self) -> int | None:

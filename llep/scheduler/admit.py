@@ -203,7 +203,14 @@ def _histogram(name: str, histogram: Histogram, num_buckets: int) -> Counters:
 
 def _check_gauges(report: Report) -> None:
     """What may fall again, but not below nothing."""
-    gauges = ("time_s", "live_since_step", "live_since_time_s", "memory_budget_bytes", "memory_used_bytes")
+    gauges = (
+        "time_s",
+        "counting_s",
+        "live_since_step",
+        "live_since_time_s",
+        "memory_budget_bytes",
+        "memory_used_bytes",
+    )
     values = {name: _number(getattr(report, name)) for name in (*gauges, "memory_peak_bytes")}
     if report.group is not None:
         values["last_plan_time_s"] = _number(report.group.last_plan_time_s)

@@ -258,6 +258,8 @@ def _put(engine: Engine, report: Report, found: Counters, now_s: float) -> None:
     engine.counted[report.rank] = found
     engine.seen_s[report.rank] = now_s
     if report.group is not None:
+        if not engine.snapshots and report.counting_s < RECENT_S:  # what was before its first report counts too
+            engine.snapshots.append(_nothing(engine, now_s - report.counting_s))
         _add_snapshot(engine.snapshots, _snapshot(engine, report, found, now_s))
 
 

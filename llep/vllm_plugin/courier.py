@@ -6,6 +6,7 @@ which joins, and starts it again whenever it is gone. Nothing here can hold up o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -84,6 +85,7 @@ class Courier(threading.Thread):
         socket.setsockopt(zmq.RECONNECT_IVL, 200)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         socket.connect(f"ipc://{self._socket_path}")
+        _leave_the_cores_of_this_rank()
         next_report_s = last_sign_s = 0.0
         live_revision = -1
         while True:
@@ -109,3 +111,9 @@ class Courier(threading.Thread):
             except (ValueError, OSError, zmq.ZMQError) as error:
                 logger.warning("llep: the talk with the agent failed, serving goes on: %s", error)
                 time.sleep(1.0)
+
+
+def _leave_the_cores_of_this_rank() -> None:
+    """vLLM keeps the cores busy to which it binds a worker: this thread and the agent run wherever vLLM itself may."""
+    with contextlib.suppress(OSError, AttributeError):  # no such thing on this system
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))

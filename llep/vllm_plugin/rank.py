@@ -87,6 +87,7 @@ class Rank:
         self._steps = {"prefill": 0, "decode": 0}
         self._current: RankStep | None = None
         self._report_seq = 0
+        self._counting_since_s = time.monotonic()
         self._has_lent = False
         warm_up()  # compiles the planners on a machine's first start, and takes them from the cache afterwards
         group = get_ep_group()
@@ -332,6 +333,7 @@ class Rank:
                 incarnation=self._incarnation,
                 seq=self._report_seq,
                 time_s=time.time(),
+                counting_s=time.monotonic() - self._counting_since_s,
                 step=self._step_number,
                 steps=dict(self._steps),
                 held_revision=agreed.held.number,

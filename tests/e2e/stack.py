@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -41,8 +43,10 @@ VLLM = (
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """Ours, without what would steer llep."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(("LLEP_", "RAY_", "VLLM_"))} | more
+    """Ours, without what would steer llep. What vLLM compiles in its first request it finds again in the next stack."""
+    ours = {key: value for key, value in os.environ.items() if not key.startswith(("LLEP_", "RAY_", "VLLM_"))}
+    compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+    return {"TORCHINDUCTOR_CACHE_DIR": str(compiled)} | ours | more
 
 
 class Stack:

@@ -53,6 +53,7 @@ class Workers:
         self.start = self.live = Settings.parse(start)
         self.held_revision = self.live_revision = self.live_since_step = 0
         self.last_apply_error = ""
+        self.counting_s = 86400.0  # longer than any window
         self._held = self.live
         self._rng = np.random.default_rng(seed)
         self.seq = self.step_number = 0
@@ -108,6 +109,7 @@ class Workers:
             incarnation=self.incarnation,
             seq=self.seq,
             time_s=time.time(),
+            counting_s=self.counting_s,
             step=self.step_number,
             steps={"prefill": self.step_number, "decode": 0},
             held_revision=self.held_revision,

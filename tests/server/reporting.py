@@ -115,6 +115,7 @@ class Engine:
             incarnation=self.incarnation,
             seq=self.seq,
             time_s=time.time(),
+            counting_s=86400.0,
             step=self.steps.total(),
             steps=dict(self.steps),
             held_revision=self.revision,

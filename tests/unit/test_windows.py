@@ -53,6 +53,16 @@ def test_loads_are_those_of_the_window(window_s: float, steps: int) -> None:
     assert found.layer_seconds == pytest.approx(0.001 * steps)
 
 
+def test_what_a_new_engine_did_before_its_first_report_counts() -> None:
+    windows, workers = Windows(), Workers()
+    workers.step()
+    workers.step()
+    workers.counting_s = 3.0
+    hear(windows, workers, 100)
+    found = loads(windows.engines["tiny"], 60, now_s=100)
+    assert (found.window_s, found.tokens, found.layer_steps) == (3.0, 200, 6)
+
+
 def test_an_idle_engine_has_no_ratio() -> None:
     windows, workers = Windows(), Workers()
     run(windows, workers, 0, 10)
