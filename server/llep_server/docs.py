@@ -8,7 +8,8 @@ from html import escape
 from typing import Any
 
 from llep.config import Settings, is_hot
-from llep_server.families import ENGINE_LABELS, FAMILIES, SCHEDULER_UP_HELP, SCHEDULER_UP_NAME
+from llep_server.families import FAMILIES, SCHEDULER_FAMILIES
+from llep_server.samples import ENGINE_LABELS
 
 CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
 METHODS = ("get", "put", "post", "patch", "delete")
@@ -43,7 +44,7 @@ scope read, changing needs scope admin. Every answer carries <code>X-Request-Id<
 <code>{{"error": {{"message", "type", "param", "code"}}, "request_id"}}</code>.</p>
 <h2>Routes</h2>{routes}
 <h2>Settings</h2>{_settings()}
-<h2>Metrics</h2><p>At <a href="/metrics">/metrics</a>; all but {SCHEDULER_UP_NAME} carry the labels
+<h2>Metrics</h2><p>At <a href="/metrics">/metrics</a>; all but {" and ".join(SCHEDULER_FAMILIES)} carry the labels
 {" and ".join(f"<code>{label}</code>" for label in ENGINE_LABELS)}.</p>{_metrics()}
 </body></html>"""
 
@@ -94,7 +95,7 @@ def _description(key: str) -> str:
 
 
 def _metrics() -> str:
-    rows = [(f"<code>{SCHEDULER_UP_NAME}</code>", "gauge", "", "", escape(SCHEDULER_UP_HELP))]
+    rows = [(f"<code>{name}</code>", "gauge", "", "", escape(help)) for name, help in SCHEDULER_FAMILIES.items()]
     for family in FAMILIES:
         labels = " ".join(f"<code>{label}</code>" for label in family.labels)
         level = family.level.name.lower()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -13,128 +10,14 @@ from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
-    Metric,
     SummaryMetricFamily,
 )
 
-from llep.config import MetricsLevel, Mode
-from llep.messages import (
-    IMBALANCE_BUCKETS,
-    SECONDS_BUCKETS,
-    STAGES,
-    EngineInfo,
-    EngineSnapshot,
-    GroupLoads,
-    Histogram,
-    Report,
-)
+from llep.config import Mode
+from llep.messages import IMBALANCE_BUCKETS, SECONDS_BUCKETS, STAGES, GroupLoads, Histogram
 from llep.plan import Decision
-
-ENGINE_LABELS = ("model_name", "engine")
-
-
-class Level(IntEnum):
-    """How much detail a family is; an engine shows those up to its setting metrics_level."""
-
-    ALWAYS = 0
-    RANK = 1
-    LAYER = 2
-    LAYER_RANK = 3
-
-
-LEVELS = {
-    MetricsLevel.OFF: Level.ALWAYS,
-    MetricsLevel.RANK: Level.RANK,
-    MetricsLevel.LAYER: Level.LAYER,
-    MetricsLevel.LAYER_RANK: Level.LAYER_RANK,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """A summary's value."""
-
-    count: int
-    sum: float
-
-
-@dataclass(frozen=True, slots=True)
-class Bucketed:
-    """A histogram's value, with its buckets' upper bounds."""
-
-    histogram: Histogram
-    bounds: tuple[float, ...]
-
-
-Value = float | Observed | Bucketed
-Sample = tuple[tuple[str, ...], Value]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScrapedEngine:
-    """One engine at a scrape. `reports` is by rank and never empty; `group` is what the EP group holds alike."""
-
-    snapshot: EngineSnapshot
-    reports: Sequence[Report]
-    hot_ratios: Sequence[float]
-    levels_dropped: int = 0
-
-    @property
-    def info(self) -> EngineInfo:
-        return self.reports[0].info
-
-    @property
-    def speaker(self) -> Report:
-        """Who speaks for the group: its rank 0 once that has reported."""
-        return self.reports[0]
-
-    @property
-    def group(self) -> GroupLoads | None:
-        return self.speaker.group
-
-    def setting(self, key: str) -> Any:
-        return self.speaker.live_settings.get(key)
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    name: str  # as in the text, counters with _total
-    kind: type[Metric]
-    help: str
-    labels: tuple[str, ...]  # after ENGINE_LABELS
-    level: Level
-    read: Callable[[ScrapedEngine], Iterable[Sample]]
-
-    @property
-    def type_name(self) -> str:
-        return self.kind.__name__.removesuffix("MetricFamily").lower()
-
-    def series_of(self, sample: Sample) -> int:
-        """How many series a sample becomes."""
-        match sample[1]:
-            case Bucketed(bounds=bounds):
-                return len(bounds) + 3
-            case Observed():
-                return 2
-            case _:
-                return 1
-
-    def empty(self) -> Metric:
-        return self.kind(self.name, self.help, labels=(*ENGINE_LABELS, *self.labels))  # type: ignore[call-arg]
-
-
-def add(metric: Metric, labels: Sequence[str], value: Value) -> None:
-    match metric, value:
-        case HistogramMetricFamily(), Bucketed(histogram, bounds):
-            names = [*map(str, bounds), "+Inf"]
-            buckets = zip(names, itertools.accumulate(histogram.counts), strict=True)
-            metric.add_metric(labels, list(buckets), histogram.sum)
-        case SummaryMetricFamily(), Observed(count, total):
-            metric.add_metric(labels, count, total)
-        case ((GaugeMetricFamily() | CounterMetricFamily()), (int() | float())):
-            metric.add_metric(labels, value)
-        case _:
-            raise AssertionError(f"{metric.name} is a {metric.type}, {value!r} is not for it")
+from llep.views import EngineState
+from llep_server.samples import Bucketed, Family, Level, Observed, Sample, ScrapedEngine
 
 
 def _group(read: Callable[[GroupLoads], Iterable[Sample]]) -> Callable[[ScrapedEngine], Iterable[Sample]]:
@@ -158,6 +41,19 @@ def _info(engine: ScrapedEngine) -> Iterable[Sample]:
 
 def _mode(engine: ScrapedEngine) -> Iterable[Sample]:
     return (((str(mode),), int(engine.setting("mode") == mode)) for mode in Mode)
+
+
+def _state(engine: ScrapedEngine) -> Iterable[Sample]:
+    return (((str(state),), int(engine.snapshot.state == state)) for state in EngineState)
+
+
+def _start_time(engine: ScrapedEngine) -> Iterable[Sample]:
+    # Two clocks made it: whole seconds, so that it stands still while the engine runs.
+    yield (), round(engine.speaker.time_s - engine.speaker.counting_s)
+
+
+def _held_revision(engine: ScrapedEngine) -> Iterable[Sample]:
+    yield (), min(report.held_revision for report in engine.reports)
 
 
 def _setting(key: str) -> Callable[[ScrapedEngine], Iterable[Sample]]:
@@ -189,7 +85,7 @@ def _phase_seconds(engine: ScrapedEngine) -> Iterable[Sample]:
         yield (phase,), Bucketed(Histogram(counts, sum(histogram.sum for histogram in histograms)), SECONDS_BUCKETS)
 
 
-def _memory(field: str) -> Callable[[ScrapedEngine], Iterable[Sample]]:
+def _each_rank(field: str) -> Callable[[ScrapedEngine], Iterable[Sample]]:
     return lambda engine: (((str(report.rank),), getattr(report, field)) for report in engine.reports)
 
 
@@ -238,6 +134,22 @@ FAMILIES: tuple[Family, ...] = (
         lambda engine: [((), engine.snapshot.last_seen_s)],
     ),
     Family(
+        "llep_engine_start_timestamp_seconds",
+        GaugeMetricFamily,
+        "Unix time since which the engine counts: where it changes, counters have begun anew.",
+        (),
+        Level.ALWAYS,
+        _start_time,
+    ),
+    Family(
+        "llep_engine_state",
+        GaugeMetricFamily,
+        "1 for the state that the engine is in, 0 for the others; live: every rank reports.",
+        ("state",),
+        Level.ALWAYS,
+        _state,
+    ),
+    Family(
         "llep_metrics_levels_dropped",
         GaugeMetricFamily,
         "Levels of detail left out because metrics_max_series would be exceeded.",
@@ -260,6 +172,22 @@ FAMILIES: tuple[Family, ...] = (
         (),
         Level.RANK,
         lambda engine: [((), engine.speaker.live_revision)],
+    ),
+    Family(
+        "llep_settings_held_revision",
+        GaugeMetricFamily,
+        "The newest settings revision that every rank has received; it goes live with the next step.",
+        (),
+        Level.RANK,
+        _held_revision,
+    ),
+    Family(
+        "llep_settings_desired_revision",
+        GaugeMetricFamily,
+        "The settings revision that the engine should run.",
+        (),
+        Level.RANK,
+        lambda engine: [((), engine.snapshot.desired_revision)],
     ),
     Family(
         "llep_settings_last_apply_successful",
@@ -308,6 +236,14 @@ FAMILIES: tuple[Family, ...] = (
         ("phase",),
         Level.RANK,
         lambda engine: (((phase,), steps) for phase, steps in engine.speaker.steps.items()),
+    ),
+    Family(
+        "llep_tokens_total",
+        CounterMetricFamily,
+        "Real tokens that went through the model, without padding and dummy steps.",
+        (),
+        Level.RANK,
+        _group(lambda group: [((), int(group.tokens_L.numpy().max()))]),
     ),
     Family(
         "llep_last_plan_timestamp_seconds",
@@ -382,12 +318,20 @@ FAMILIES: tuple[Family, ...] = (
         _phase_seconds,
     ),
     Family(
+        "llep_layer_seconds_total",
+        CounterMetricFamily,
+        "Wall time that the rank spent inside MoE layers, waiting for other ranks included.",
+        ("ep_rank",),
+        Level.RANK,
+        _each_rank("layer_seconds"),
+    ),
+    Family(
         "llep_memory_budget_bytes",
         GaugeMetricFamily,
         "Bytes reserved for llep on the rank at start.",
         ("ep_rank",),
         Level.RANK,
-        _memory("memory_budget_bytes"),
+        _each_rank("memory_budget_bytes"),
     ),
     Family(
         "llep_memory_used_bytes",
@@ -395,7 +339,7 @@ FAMILIES: tuple[Family, ...] = (
         "Bytes of slots in use in the last step that lent.",
         ("ep_rank",),
         Level.RANK,
-        _memory("memory_used_bytes"),
+        _each_rank("memory_used_bytes"),
     ),
     Family(
         "llep_memory_peak_bytes",
@@ -403,7 +347,7 @@ FAMILIES: tuple[Family, ...] = (
         "Most bytes of slots in use in any step since start.",
         ("ep_rank",),
         Level.RANK,
-        _memory("memory_peak_bytes"),
+        _each_rank("memory_peak_bytes"),
     ),
     Family(
         "llep_hot_expert_load_ratio",
@@ -438,8 +382,10 @@ FAMILIES: tuple[Family, ...] = (
         _layer_rank_computed,
     ),
 )
-SCHEDULER_UP_NAME = "llep_scheduler_up"
-SCHEDULER_UP_HELP = "1 if the scheduler answered this scrape; 0 if not, then engines are missing here."
+SCHEDULER_FAMILIES = {
+    "llep_scheduler_up": "1 if the scheduler answered this scrape; 0 if not, then engines are missing here.",
+    "llep_scheduler_store_open": "1 if the scheduler can store settings and events; 0 if not, and changes are refused.",
+}  # gauges without labels
 
 
 def hottest(routed_LE: np.ndarray[Any, np.dtype[np.int64]], places: int) -> list[float]:

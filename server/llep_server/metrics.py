@@ -17,17 +17,8 @@ from prometheus_client.registry import Collector
 from llep.config import MetricsLevel, Settings
 from llep.errors import LlepError
 from llep.messages import EngineSnapshot, SchedulerSnapshot
-from llep_server.families import (
-    FAMILIES,
-    LEVELS,
-    SCHEDULER_UP_HELP,
-    SCHEDULER_UP_NAME,
-    Level,
-    Sample,
-    ScrapedEngine,
-    add,
-    hottest,
-)
+from llep_server.families import FAMILIES, SCHEDULER_FAMILIES, hottest
+from llep_server.samples import LEVELS, Level, Sample, ScrapedEngine, add
 from llep_server.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -68,8 +59,8 @@ class Exposition:
             snapshot = await self._scheduler.snapshot()
         except LlepError as error:
             logger.debug("no snapshot for /metrics: %s", error.message)
-            return [_scheduler_up(False)]
-        return [_scheduler_up(True), *await asyncio.to_thread(self._build, snapshot)]
+            return [_scheduler_gauge("llep_scheduler_up", False)]
+        return await asyncio.to_thread(self._build, snapshot)
 
     def _build(self, snapshot: SchedulerSnapshot) -> list[Metric]:
         engines = [self._hot.state_of(engine, snapshot.time_s) for engine in snapshot.engines if engine.reports]
@@ -81,7 +72,12 @@ class Exposition:
                     "engine %s: %d levels of detail left out of /metrics, see metrics_max_series", engine, levels
                 )
         self._dropped = dropped
-        return metrics
+        is_open = snapshot.store_open
+        return [
+            _scheduler_gauge("llep_scheduler_up", True),
+            _scheduler_gauge("llep_scheduler_store_open", is_open),
+            *metrics,
+        ]
 
 
 class Collected(Collector):
@@ -154,7 +150,7 @@ def _samples_within_budget(engine: ScrapedEngine) -> tuple[dict[str, list[Sample
     return samples, level, wanted
 
 
-def _scheduler_up(is_up: bool) -> Metric:
-    metric = GaugeMetricFamily(SCHEDULER_UP_NAME, SCHEDULER_UP_HELP)
-    metric.add_metric((), int(is_up))
+def _scheduler_gauge(name: str, value: bool) -> Metric:
+    metric = GaugeMetricFamily(name, SCHEDULER_FAMILIES[name])
+    metric.add_metric((), int(value))
     return metric

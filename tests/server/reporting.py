@@ -45,6 +45,7 @@ class Engine:
     start: dict[str, Any] = field(default_factory=dict)
     seq: int = 0
     incarnation: str = "first"
+    counting_since_s: float = field(default_factory=lambda: time.time() - 86400)
     errors: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,7 +116,7 @@ class Engine:
             incarnation=self.incarnation,
             seq=self.seq,
             time_s=time.time(),
-            counting_s=86400.0,
+            counting_s=time.time() - self.counting_since_s,
             step=self.steps.total(),
             steps=dict(self.steps),
             held_revision=self.revision,

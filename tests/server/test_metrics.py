@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import httpx
 import msgspec
@@ -16,11 +17,14 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from reporting import BYTES_PER_SLOT, Engine
-from running import Running
+from running import Running, start
 
 from llep.messages import EngineSnapshot
-from llep_server.families import FAMILIES, Level, hottest
+from llep_server.config import ServerConfig
+from llep_server.families import FAMILIES, SCHEDULER_FAMILIES, hottest
 from llep_server.metrics import KEEP_S, HotExperts, build
+from llep_server.reference import markdown
+from llep_server.samples import ENGINE_LABELS, Level
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
@@ -84,6 +88,7 @@ def test_sums_are_those_of_the_engines(running: Running) -> None:
         for rank in range(engine.ep_size):
             computed = page.sum("llep_rank_computed_tokens_total", engine=engine.name, ep_rank=str(rank))
             assert computed == engine.computed_LR[:, rank].sum()
+        assert page.sum("llep_tokens_total", engine=engine.name) == steps * 512 + 16
         assert page.sum("llep_steps_total", engine=engine.name, phase="prefill") == steps
         assert page.sum("llep_steps_total", engine=engine.name, phase="decode") == 1
         layer_steps = layers * (steps + 1)
@@ -106,7 +111,7 @@ def test_sums_are_those_of_the_engines(running: Running) -> None:
         seconds = 0.25 * sum(range(1, engine.ep_size + 1)) * (steps + 1)
         assert page.sum("llep_phase_seconds_sum", engine=engine.name, phase="lend") == pytest.approx(seconds)
     assert page.sum("llep_scheduler_up") == 1
-    assert all(s.labels["model_name"] == "org/tiny-moe" for s in page.samples if s.name != "llep_scheduler_up")
+    assert all(s.labels["model_name"] == "org/tiny-moe" for s in page.samples if s.name not in SCHEDULER_FAMILIES)
 
 
 def test_each_layers_sums_at_level_layer_rank() -> None:
@@ -172,7 +177,7 @@ def test_families_are_as_documented(running: Running) -> None:
     page = scrape(running)
     documentation = running.http.get("/docs").text
     by_name = {family.name.removesuffix("_total"): family for family in FAMILIES}
-    assert set(page.families) == {*by_name, "llep_scheduler_up"}
+    assert set(page.families) == {*by_name, *SCHEDULER_FAMILIES}
     for name, metric in page.families.items():
         assert metric.documentation
         assert name in documentation
@@ -213,6 +218,62 @@ def test_refused_reports_and_refused_settings_are_seen(running: Running) -> None
     page = scrape(running)
     assert page.sum("llep_errors_total", component="scheduler", type="report_order") == 2
     assert page.sum("llep_settings_last_apply_successful") == 0
+
+
+def test_the_revision_that_is_wanted_held_and_live(running: Running) -> None:
+    engine = Engine()
+    running.report(engine)
+    change = running.await_(
+        running.caller.scheduler.patch_settings({"capacity_factor": 2}, author="a", reason="", wait_s=0)
+    )
+    names = ("llep_settings_desired_revision", "llep_settings_held_revision", "llep_settings_revision")
+    page = scrape(running)
+    assert [page.sum(name) for name in names] == [change["revision"], 0, 0]
+    running.report(engine)  # takes the directive
+    running.report(engine)
+    page = scrape(running)
+    assert [page.sum(name) for name in names] == [change["revision"]] * 3
+    assert page.sum("llep_settings_capacity_factor") == 2
+
+
+def test_an_engine_that_starts_anew_says_since_when_it_counts(running: Running) -> None:
+    engine = Engine()
+    engine.run()
+    running.report(engine)
+    before = scrape(running)
+    running.report(engine)
+    assert scrape(running).sum("llep_engine_start_timestamp_seconds") == before.sum(
+        "llep_engine_start_timestamp_seconds"
+    )
+    again = Engine(incarnation="second", counting_since_s=engine.counting_since_s + 3600)
+    running.report(again)
+    after = scrape(running)
+    assert after.sum("llep_tokens_total") == 0 < before.sum("llep_tokens_total")
+    started = [page.sum("llep_engine_start_timestamp_seconds") for page in (before, after)]
+    assert started[1] - started[0] == 3600
+    states = {state: after.sum("llep_engine_state", state=state) for state in ("starting", "live", "stale")}
+    assert states == {"starting": 0, "live": 1, "stale": 0}
+
+
+def test_a_store_that_is_not_open_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file where a folder should be")
+    for running in start(ServerConfig(), tmp_path / "state"):
+        running.report(Engine())
+        page = scrape(running)
+        assert (page.sum("llep_scheduler_up"), page.sum("llep_scheduler_store_open")) == (1, 0)
+
+
+def test_names_types_and_labels_change_only_on_purpose() -> None:
+    """What goes is announced one minor version before, in CHANGELOG.md; then write this file anew from `shown`."""
+    shown = [f"{name} gauge" for name in SCHEDULER_FAMILIES]
+    shown += [f"{f.name} {f.type_name} {' '.join((*ENGINE_LABELS, *f.labels))}" for f in FAMILIES]
+    golden = Path(__file__).with_name("metric_names.txt").read_text().splitlines()
+    assert sorted(shown) == golden
+
+
+def test_the_documentation_is_made_from_the_code() -> None:
+    path = Path(__file__).parents[2] / "docs" / "metrics.md"
+    assert path.read_text() == markdown(), "write it anew: python -m llep_server.reference > docs/metrics.md"
 
 
 def test_goes_on_without_a_scheduler(running: Running) -> None:

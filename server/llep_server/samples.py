@@ -1,0 +1,126 @@
+"""What metric families are made of: an engine at a scrape, the values read off it, and how they are shown."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
+
+from llep.config import MetricsLevel
+from llep.messages import EngineInfo, EngineSnapshot, GroupLoads, Histogram, Report
+
+ENGINE_LABELS = ("model_name", "engine")
+
+
+class Level(IntEnum):
+    """How much detail a family is; an engine shows those up to its setting metrics_level."""
+
+    ALWAYS = 0
+    RANK = 1
+    LAYER = 2
+    LAYER_RANK = 3
+
+
+LEVELS = {
+    MetricsLevel.OFF: Level.ALWAYS,
+    MetricsLevel.RANK: Level.RANK,
+    MetricsLevel.LAYER: Level.LAYER,
+    MetricsLevel.LAYER_RANK: Level.LAYER_RANK,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A summary's value."""
+
+    count: int
+    sum: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bucketed:
+    """A histogram's value, with its buckets' upper bounds."""
+
+    histogram: Histogram
+    bounds: tuple[float, ...]
+
+
+Value = float | Observed | Bucketed
+Sample = tuple[tuple[str, ...], Value]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScrapedEngine:
+    """One engine at a scrape. `reports` is by rank and never empty; `group` is what the EP group holds alike."""
+
+    snapshot: EngineSnapshot
+    reports: Sequence[Report]
+    hot_ratios: Sequence[float]
+    levels_dropped: int = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.reports[0].info
+
+    @property
+    def speaker(self) -> Report:
+        """Who speaks for the group: its rank 0 once that has reported."""
+        return self.reports[0]
+
+    @property
+    def group(self) -> GroupLoads | None:
+        return self.speaker.group
+
+    def setting(self, key: str) -> Any:
+        return self.speaker.live_settings.get(key)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    name: str  # as in the text, counters with _total
+    kind: type[Metric]
+    help: str
+    labels: tuple[str, ...]  # after ENGINE_LABELS
+    level: Level
+    read: Callable[[ScrapedEngine], Iterable[Sample]]
+
+    @property
+    def type_name(self) -> str:
+        return self.kind.__name__.removesuffix("MetricFamily").lower()
+
+    def series_of(self, sample: Sample) -> int:
+        """How many series a sample becomes."""
+        match sample[1]:
+            case Bucketed(bounds=bounds):
+                return len(bounds) + 3
+            case Observed():
+                return 2
+            case _:
+                return 1
+
+    def empty(self) -> Metric:
+        return self.kind(self.name, self.help, labels=(*ENGINE_LABELS, *self.labels))  # type: ignore[call-arg]
+
+
+def add(metric: Metric, labels: Sequence[str], value: Value) -> None:
+    match metric, value:
+        case HistogramMetricFamily(), Bucketed(histogram, bounds):
+            names = [*map(str, bounds), "+Inf"]
+            buckets = zip(names, itertools.accumulate(histogram.counts), strict=True)
+            metric.add_metric(labels, list(buckets), histogram.sum)
+        case SummaryMetricFamily(), Observed(count, total):
+            metric.add_metric(labels, count, total)
+        case ((GaugeMetricFamily() | CounterMetricFamily()), (int() | float())):
+            metric.add_metric(labels, value)
+        case _:
+            raise AssertionError(f"{metric.name} is a {metric.type}, {value!r} is not for it")
