@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+TOOLS  := $(VENV)/tools
+DEBS   := prometheus prometheus-alertmanager
 
 # make serve: another checkpoint or hub name with MODEL=..., other vLLM flags with FLAGS=...
 TINY   := models/tiny-gpt-oss
@@ -12,13 +14,13 @@ FLAGS  ?= --tensor-parallel-size 2 --enable-expert-parallel --enforce-eager
 serve: export LLEP_MIN_BATCH_TOKENS ?= 16
 serve: export LLEP_MIN_CHUNK_TOKENS ?= 8
 
-.PHONY: serve test check lint types unit bench lock clean
+.PHONY: serve test tools check lint types unit bench lock clean
 
 serve: $(READY) $(if $(filter $(TINY),$(MODEL)),$(TINY)/config.json)
 	@exec $(BIN)/llep serve $(MODEL) $(FLAGS)
 
-test: check
-	$(BIN)/python -m pytest tests/dist tests/scheduler tests/server tests/vllm tests/e2e
+test: check tools
+	$(BIN)/python -m pytest tests/dist tests/scheduler tests/server tests/ops tests/vllm tests/e2e
 
 check: lint types unit
 
@@ -47,6 +49,13 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(BIN)/python -c 'from llep.planning import warm_up; warm_up()'
 	touch $@
+
+# Prometheus and its tools, unpacked beside the packages: nothing is installed on the machine. Tests skip without them.
+tools: $(READY)
+	@test -x $(TOOLS)/usr/bin/promtool || { mkdir -p $(TOOLS) && cd $(TOOLS) && \
+	  { apt-get -qq download $(DEBS) 2>/dev/null || { apt-get -qq update && apt-get -qq download $(DEBS); }; } && \
+	  for package in *.deb; do dpkg-deb --extract $$package .; done && rm *.deb; } || \
+	  echo "No apt-get, or no Debian packages $(DEBS): tests that need them are skipped."
 
 # A new requirements.lock from the ranges in pyproject.toml.
 lock:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import subprocess
 import time
 from collections.abc import Iterable
@@ -25,6 +24,7 @@ from llep_server.families import FAMILIES, SCHEDULER_FAMILIES, hottest
 from llep_server.metrics import KEEP_S, HotExperts, build
 from llep_server.reference import markdown
 from llep_server.samples import ENGINE_LABELS, Level
+from tests.ops.tools import tool
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
@@ -333,9 +333,7 @@ def test_an_engine_whose_rank_0_is_silent_shows_what_the_others_know() -> None:
 
 
 def test_promtool_has_nothing_to_say(running: Running) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+    promtool = tool("promtool")
     engine = Engine(start={"metrics_level": "layer_rank"}, errors={"transport/timeout": 2})
     engine.run()
     running.report(engine)
