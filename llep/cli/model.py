@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llep.cli.output import Format, show
 from llep.tiny_models import Dtype, Kind, ReportProgress, TinyModel, write_tiny_model
 from llep.tiny_models.options import HARMONY_VOCAB, numbers, parse_experts
+from llep.training import TrainedModel, parse_options, train_model
 
 PLAIN_LINE_EVERY_S = 2.0
+TRAINING_LINE_EVERY_S = 10.0
 
 commands = typer.Typer(help="Make small MoE checkpoints to try llep with.", no_args_is_help=True)
 
@@ -97,6 +100,128 @@ def tiny(
     else:
         row = _row(model)
         show([row], output, data=row)
+
+
+@commands.command()
+def train(
+    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="gpt-oss, deepseek or qwen3.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="A file or folder of text, one domain each; without it, text found on this machine."),
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="How long to train, over all runs.")] = 5.0,
+    steps: Annotated[int | None, typer.Option(help="How many steps to train, instead of minutes.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers; DeepSeek's first one is dense. [default: 4]")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Hidden size, a multiple of 32. [default: 192]")] = None,
+    intermediate: Annotated[
+        int | None, typer.Option(help="Intermediate size of one expert, a multiple of 32. [default: 192]")
+    ] = None,
+    experts: Annotated[int | None, typer.Option(help="Experts of each MoE layer. [default: 32]")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts that each token chooses. [default: 4]")] = None,
+    vocab: Annotated[int | None, typer.Option(help="Vocabulary. [default: 4096]")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 8,
+    sequence: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
+    balance: Annotated[float, typer.Option(help="Weight of the loss that evens out experts.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="The same seed, text and steps give the same model.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model made earlier.")] = False,
+    output: Annotated[Format, typer.Option("--output", "-o", help="How to print the result.")] = Format.TABLE,
+) -> None:
+    """Train a small MoE on this machine's text: its routing is skewed by domain and layer, as real models' is.
+
+    Ctrl-C keeps what was reached, and the same command goes on from there.
+    """
+    sizes = {
+        "layers": layers,
+        "hidden": hidden,
+        "intermediate": intermediate,
+        "experts": experts,
+        "top_k": top_k,
+        "vocab": vocab,
+        "seed": seed,
+    }
+    training = {"minutes": minutes, "steps": steps, "batch": batch, "sequence": sequence}
+    options = parse_options(kind, text or [], sizes, **training, learning_rate=learning_rate, balance=balance)
+    with _training_progress() as (say, on_step), _asked_to_stop() as should_stop:
+        model = train_model(directory, options, force=force, say=say, on_step=on_step, should_stop=should_stop)
+    if output is Format.TABLE:
+        _show_training(model)
+    else:
+        row = {"directory": str(model.directory), **model.report}
+        show([_flat(row)] if output is Format.CSV else [row], output, data=row)
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether somebody asked to stop, by Ctrl-C or SIGTERM: between two steps, not in the middle of one."""
+    asked: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, frame: asked.append(number)) for number in signals]
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _training_progress() -> Iterator[tuple[Callable[[str], None], Callable[[Any], None]]]:
+    """(say, on_step): a bar on a terminal, else a line now and then; on standard error."""
+    if not sys.stderr.isatty():
+        yield lambda text: print(f"llep: {text}", file=sys.stderr, flush=True), _plain_training_progress()
+        return
+    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+
+        def on_step(progress: Any) -> None:
+            bar.update(task, completed=progress.step, total=progress.total_steps, description=_state_of(progress))
+
+        yield lambda text: bar.console.print(f"llep: {text}", highlight=False), on_step
+
+
+def _plain_training_progress() -> Callable[[Any], None]:
+    last_s = time.monotonic()
+
+    def on_step(progress: Any) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= TRAINING_LINE_EVERY_S:
+            last_s = time.monotonic()
+            total = progress.total_steps or "?"
+            print(f"llep: step {progress.step} of {total}, {_state_of(progress)}", file=sys.stderr, flush=True)
+
+    return on_step
+
+
+def _state_of(progress: Any) -> str:
+    skew = ", ".join(f"{ratio:.2f} at {ranks}" for ranks, ratio in progress.ratios.items())
+    return f"loss {progress.loss:.2f}, imbalance {skew} ranks"
+
+
+def _show_training(model: TrainedModel) -> None:
+    """Skew by domain as a table, what the model writes, and how to serve it."""
+    report = model.report
+    show([_skew_row(domain) for domain in report["domains"]], Format.TABLE, title="max / mean of rank loads, by layer")
+    for domain in report["domains"]:
+        print(f"\n{domain['domain']}: {domain['prompt'][-60:]!r}\n  -> {domain['sample'][:160]!r}")
+    print(
+        f"\n{model.directory}: {report['kind']} with {model.parameters:,} parameters, loss {report['loss']:.2f} after "
+        f"{report['steps']} steps in {report['seconds']:.0f} s"
+    )
+    print(f"serve it: llep serve {shlex.quote(str(model.directory))} --tensor-parallel-size 2 --enable-expert-parallel")
+
+
+def _skew_row(domain: dict[str, Any]) -> dict[str, Any]:
+    ratios = domain["imbalance_ratio_by_ranks_and_layer"]
+    by_ranks = {
+        f"{ranks} ranks": " ".join(f"{ratio:.2f}" for ratio in of_layers) for ranks, of_layers in ratios.items()
+    }
+    return {"domain": domain["domain"], "loss": domain["loss"], **by_ranks}
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if not isinstance(value, list | dict)}
 
 
 @contextmanager

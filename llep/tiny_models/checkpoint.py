@@ -18,7 +18,10 @@ from llep.tiny_models.options import Dtype
 from llep.tiny_models.tensors import Floats, Tensor
 
 WEIGHTS = "model.safetensors"
-FILES = frozenset({WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"})
+TRAINING = "training.json"  # how a trained model came to be; a random one has none
+FILES = frozenset(
+    {WEIGHTS, TRAINING, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+)
 
 BYTES = {Dtype.FLOAT32: 4, Dtype.BFLOAT16: 2}
 _SAFETENSORS_DTYPE = {Dtype.FLOAT32: "F32", Dtype.BFLOAT16: "BF16"}
@@ -34,7 +37,7 @@ def new_folder(directory: Path, *, force: bool) -> Iterator[Path]:
     """
     directory = Path(os.path.abspath(directory))
     try:
-        _check_replaceable(directory, force)
+        check_replaceable(directory, force=force)
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     except OSError as error:
@@ -49,7 +52,8 @@ def new_folder(directory: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_replaceable(directory: Path, force: bool) -> None:
+def check_replaceable(directory: Path, *, force: bool) -> None:
+    """Raises SettingsError unless `directory` is missing, empty, or with `force` a model to be replaced."""
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise SettingsError(f"{directory} is not a folder: choose another name", param="directory")
     if not directory.exists():

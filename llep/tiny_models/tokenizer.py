@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from typing import Any
@@ -81,9 +81,11 @@ class TinyTokenizer:
         ]
 
 
-def train(options: Options) -> TinyTokenizer:
+def train(options: Options, texts: Iterable[str] | None = None) -> TinyTokenizer:
+    """Merges from `texts`, as many as the vocabulary has room for; else MAX_TRAINED, from the standard library."""
     special = _special_tokens(options)
-    trained = json.loads(_train_bpe(min(min(special.values()), MAX_TRAINED)))
+    room = min(special.values())
+    trained = json.loads(_train_tiny_bpe(min(room, MAX_TRAINED)) if texts is None else _train_bpe(texts, room))
     vocab: dict[str, int] = trained["model"]["vocab"]
     spoken = sorted(id for text, id in vocab.items() if _is_printable(text))
     if options.has_harmony:
@@ -115,13 +117,17 @@ def _special_tokens(options: Options) -> dict[str, int]:
 
 
 @functools.cache
-def _train_bpe(size: int) -> str:
+def _train_tiny_bpe(size: int) -> str:
+    return _train_bpe(_corpus(), size)
+
+
+def _train_bpe(texts: Iterable[str], size: int) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return str(tokenizer.to_str())
 
 

@@ -23,6 +23,7 @@ ALLOWED = {
     "llep/planning/peers.py": "numpy scipy",
     "llep/planning/milp.py": "numpy scipy",
     "llep/tiny_models": "numpy safetensors tokenizers",
+    "llep/training": "numpy torch transformers tokenizers",
     "llep/moe": "numpy torch",
     "llep/vllm_plugin": "numpy torch vllm msgspec zmq fastapi starlette",
     "llep/scheduler": "numpy ray msgspec zmq",
