@@ -19,7 +19,10 @@ from llep.errors import SettingsError
 ENVIRONMENT_PREFIX = "LLEP_"
 # LLEP_* variables that are not settings: where things are, and who may come in.
 NOT_SETTINGS = frozenset(
-    {"CONFIG", "ENGINE", "STATE_DIR", "SERVER", "KEY_FILE", "RAY_ADDRESS", "RAY_NAMESPACE", "REFUSAL_FILE"}
+    {
+        *("CONFIG", "ENGINE", "STATE_DIR", "SERVER", "KEY_FILE", "RAY_ADDRESS", "RAY_NAMESPACE", "REFUSAL_FILE"),
+        "RECORD_DIR",
+    }
 )
 
 

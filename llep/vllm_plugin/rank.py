@@ -38,8 +38,10 @@ from llep.plan import Decision, Plan
 from llep.planning import warm_up
 from llep.planning.home import plan_home
 from llep.planning.policy import Step, decide, may_plan
+from llep.shapes import ModelShape
 from llep.vllm_plugin.courier import AgentProcess, Courier
 from llep.vllm_plugin.experts import VllmExperts
+from llep.vllm_plugin.recording import Recording, start_recording
 
 logger = logging.getLogger("vllm.llep")
 
@@ -82,6 +84,7 @@ class Rank:
         self.layers: list[RankLayer] = []
         self._pools: dict[tuple[Any, ...], LendingPool] = {}
         self._window: LoadWindow | None = None
+        self._recording: Recording | None = None
         self._expected_layers = 0
         self._step_number = 0
         self._steps = {"prefill": 0, "decode": 0}
@@ -182,6 +185,9 @@ class Rank:
         self._info = self._engine_info(first)
         socket_path = str(Path(tempfile.gettempdir()) / f"llep-{os.getuid()}" / f"{self._incarnation}.sock")
         is_first = self._transport.rank == 0
+        if is_first:
+            name = f"{self._info.engine}-{self._incarnation}"
+            self._recording = start_recording(name, self._shape(), self._transport.size)
         agent = AgentProcess(socket_path, self._info.engine) if is_first and has_scheduler() else None
         if has_scheduler():
             Courier(socket_path, self.report, self.agreed, agent).start()
@@ -215,6 +221,19 @@ class Rank:
             max_model_len=model.max_model_len,
             settings=self._start_settings.dump(),
             setting_sources=self._sources,
+        )
+
+    def _shape(self) -> ModelShape:
+        info, text_config = self._info, self.config.model_config.hf_text_config
+        intermediate = getattr(text_config, "moe_intermediate_size", None) or text_config.intermediate_size
+        return ModelShape(
+            name=info.engine,
+            layer_numbers=info.layer_numbers,
+            num_experts=info.num_experts,
+            top_k=info.top_k,
+            hidden_size=self.config.model_config.get_hidden_size(),
+            intermediate_size=int(intermediate),
+            bytes_per_expert=info.bytes_per_slot,
         )
 
     # -- every step ----------------------------------------------------------------------------------------------
@@ -315,6 +334,8 @@ class Rank:
             )
         self._window.record(layer.index, result.counts_RE, planned, loads, is_moved, slots_used)
         self._window.record_times(result.times, seconds)
+        if self._recording is not None:
+            self._recording.add(self._step_number, step.step.phase, layer.index, result.counts_RE)
 
     # -- what this rank tells ------------------------------------------------------------------------------------
 
