@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TOOLS  := $(VENV)/tools
 DEBS   := prometheus prometheus-alertmanager
+NPMS   := @grafana/schema@13.2.3 typescript@7.0.2
 
 # make serve: another checkpoint or hub name with MODEL=..., other vLLM flags with FLAGS=...
 TINY   := models/tiny-gpt-oss
@@ -50,12 +51,16 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -c 'from llep.planning import warm_up; warm_up()'
 	touch $@
 
-# Prometheus and its tools, unpacked beside the packages: nothing is installed on the machine. Tests skip without them.
+# Prometheus and its tools, and Grafana's types, unpacked beside the packages: nothing is installed on the machine.
+# Tests skip without them.
 tools: $(READY)
 	@test -x $(TOOLS)/usr/bin/promtool || { mkdir -p $(TOOLS) && cd $(TOOLS) && \
 	  { apt-get -qq download $(DEBS) 2>/dev/null || { apt-get -qq update && apt-get -qq download $(DEBS); }; } && \
 	  for package in *.deb; do dpkg-deb --extract $$package .; done && rm *.deb; } || \
 	  echo "No apt-get, or no Debian packages $(DEBS): tests that need them are skipped."
+	@test -x $(TOOLS)/grafana/node_modules/.bin/tsc \
+	  || npm install --silent --no-audit --no-fund --no-save --prefix $(TOOLS)/grafana $(NPMS) \
+	  || echo "No npm, or no packages $(NPMS): tests that need them are skipped."
 
 # A new requirements.lock from the ranges in pyproject.toml.
 lock:

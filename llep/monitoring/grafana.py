@@ -254,7 +254,11 @@ def _options(panel: Panel) -> dict[str, Any]:
         case Kind.HEATMAP:
             return {
                 "calculate": False,
-                "color": {"mode": "scheme", "scheme": "Oranges", "steps": 64},
+                "color": {
+                    **{"mode": "scheme", "scheme": "Oranges", "steps": 64, "reverse": False},
+                    **{"fill": "dark-orange", "exponent": 0.5},
+                },
+                "exemplars": {"color": "rgba(255,0,255,0.7)"},
                 "yAxis": {"axisPlacement": "left", "unit": "short"},
                 "rowsFrame": {"layout": "auto"},
                 "tooltip": {"mode": "single", "yHistogram": False},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from llep.monitoring.grafana import Kind, Panel, Query, Row, Unit
-from llep.monitoring.queries import RECEIVED, VLLM, newest, quantile, rate
+from llep.monitoring.queries import RATE, RECEIVED, SELECT, VLLM, newest, quantile, rate
+from llep.monitoring.vllm import vllm
 
 COST = Row(
     "Cost",
@@ -13,7 +14,7 @@ COST = Row(
             title="Time of each phase, 99th percentile",
             description="Per rank, layer and step. plan should stay in microseconds; lend is what waiting for weights "
             "costs, and stays small where transfers hide behind the home experts' work.",
-            queries=[Query(quantile(0.99, "llep_phase_seconds", "phase"), "{{phase}}")],
+            queries=[Query(quantile(0.99, f"llep_phase_seconds_bucket{{{SELECT}}}", "phase"), "{{phase}}")],
             unit=Unit.SECONDS,
         ),
         Panel(
@@ -90,18 +91,21 @@ USERS = Row(
                 kind=Kind.TIMESERIES,
                 title=title,
                 description=description,
-                queries=[Query(quantile(q, metric), name) for q, name in ((0.99, "p99"), (0.5, "median"))],
+                queries=[
+                    Query(quantile(q, vllm(f"{metric}_bucket", VLLM)), name)
+                    for q, name in ((0.99, "p99"), (0.5, "median"))
+                ],
                 unit=Unit.SECONDS,
             )
             for title, metric, description in (
                 (
                     "Time to first token",
-                    "vllm:time_to_first_token_seconds",
+                    "time_to_first_token_seconds",
                     "Queueing and prefill. This is where balancing shows: compare before and after a change of mode.",
                 ),
                 (
                     "Time between tokens",
-                    "vllm:inter_token_latency_seconds",
+                    "inter_token_latency_seconds",
                     "Decode. Balancing leaves small batches alone: if this rises with it, raise min_batch_tokens.",
                 ),
             )
@@ -111,8 +115,8 @@ USERS = Row(
             title="Tokens",
             description="Tokens per second read (prompt) and written (generation).",
             queries=[
-                Query(rate("vllm:prompt_tokens_total", VLLM), "prompt"),
-                Query(rate("vllm:generation_tokens_total", VLLM), "generation"),
+                Query(f"sum (rate({vllm('prompt_tokens_total', VLLM)}[{RATE}]))", "prompt"),
+                Query(f"sum (rate({vllm('generation_tokens_total', VLLM)}[{RATE}]))", "generation"),
             ],
             unit=Unit.PER_S,
         ),
@@ -121,8 +125,8 @@ USERS = Row(
             title="Requests",
             description="Running and waiting. Waiting that grows: more traffic than the engines can serve.",
             queries=[
-                Query(f"sum (vllm:num_requests_running{{{VLLM}}})", "running"),
-                Query(f"sum (vllm:num_requests_waiting{{{VLLM}}})", "waiting"),
+                Query(f"sum ({vllm('num_requests_running', VLLM)})", "running"),
+                Query(f"sum ({vllm('num_requests_waiting', VLLM)})", "waiting"),
             ],
             width=12,
         ),
@@ -130,7 +134,7 @@ USERS = Row(
             kind=Kind.TIMESERIES,
             title="KV cache in use",
             description="At 100% requests are preempted. The lending pool takes its bytes from here.",
-            queries=[Query(f"max by (engine) (vllm:kv_cache_usage_perc{{{VLLM}}})", "engine {{engine}}")],
+            queries=[Query(f"max by (engine) ({vllm('kv_cache_usage_perc', VLLM)})", "engine {{engine}}")],
             unit=Unit.RATIO,
             low=0,
             high=1,

@@ -24,8 +24,6 @@ def newest(metric: str, by: str = "engine", select: str = SELECT) -> str:
     return f"max by ({by}) ({metric}{{{select}}})"
 
 
-def quantile(q: float, metric: str, by: str = "") -> str:
-    select = VLLM if metric.startswith("vllm:") else SELECT
-    return (
-        f"histogram_quantile({q:g}, sum by (le{f', {by}' if by else ''}) (rate({metric}_bucket{{{select}}}[{RATE}])))"
-    )
+def quantile(q: float, buckets: str, by: str = "") -> str:
+    """buckets: a selector of a histogram's buckets."""
+    return f"histogram_quantile({q:g}, sum by (le{f', {by}' if by else ''}) (rate({buckets}[{RATE}])))"

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from llep.monitoring.vllm import vllm
+
 BY = "namespace, model_name, engine"  # an engine; without Kubernetes there is no namespace, which does no harm
 JOB = "llep"
 RUNBOOK = "docs/runbook.md"
@@ -90,9 +92,9 @@ ALERTS = (
     Alert(
         name="LlepStalled",
         expr=(
-            f"(sum by ({_MODEL}) (vllm:num_requests_running) > 0) "
-            f"and on ({_MODEL}) (sum by ({_MODEL}) (rate(vllm:generation_tokens_total[5m])) == 0) "
-            f"and on ({_MODEL}) (sum by ({_MODEL}) (rate(vllm:prompt_tokens_total[5m])) == 0) "
+            f"(sum by ({_MODEL}) ({vllm('num_requests_running')}) > 0) "
+            f"and on ({_MODEL}) (sum by ({_MODEL}) (rate({vllm('generation_tokens_total')}[5m])) == 0) "
+            f"and on ({_MODEL}) (sum by ({_MODEL}) (rate({vllm('prompt_tokens_total')}[5m])) == 0) "
             f"and on ({_MODEL}) group by ({_MODEL}) (llep_info)"
         ),
         minutes=2,
@@ -103,7 +105,7 @@ ALERTS = (
     Alert(
         name="LlepNotCounting",
         expr=(
-            f"(sum by ({_MODEL}) (rate(vllm:prompt_tokens_total[5m])) > 0) "
+            f"(sum by ({_MODEL}) (rate({vllm('prompt_tokens_total')}[5m])) > 0) "
             f"and on ({_MODEL}) (sum by ({_MODEL}) (rate(llep_steps_total[5m])) == 0)"
         ),
         minutes=5,
@@ -169,15 +171,14 @@ ALERTS = (
     Alert(
         name="LlepImbalanceHigh",
         expr=(
-            '(engine:llep_imbalance_ratio:mean5m{stage="after"} > ignoring (stage) '
-            f"1.25 * max by ({BY}) (llep_settings_imbalance_threshold)) "
+            '(engine:llep_imbalance_ratio:mean5m{stage="after"} > 1.5) '
             f'and on ({BY}) (sum by ({BY}) (engine:llep_plan_decisions:ratio5m{{decision=~"small_batch|off"}}) < 0.5) '
             f"and on ({BY}) ({_IS_ACTIVE})"
         ),
         minutes=15,
         severity="warning",
         summary=f"{_WHO} stays uneven after balancing",
-        description="The slowest rank still has {{ $value | humanize }} times the mean load; the threshold is below.",
+        description="The slowest rank still has {{ $value | humanize }} times the mean load, over layers and steps.",
     ),
     Alert(
         name="LlepErrors",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 VARIABLES = {"$__rate_interval": "10s", "$model_name": ".*", "$engine": ".*", "$ep_rank": ".*", "$layer": ".*"}
-METRIC = re.compile(r"\b(?:ray_vllm_\w+|vllm:\w+|llep_\w+|engine:llep_\w+:\w+)")
+METRIC = re.compile(r"\b(?:(?<!ray_)vllm:\w+|llep_\w+|engine:llep_\w+:\w+)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,12 @@ from running import Running, start
 from llep.cli.export import dashboard_text, rules_text
 from llep.monitoring.dashboards import dashboards
 from llep.monitoring.rules import ALERTS, RECORDINGS, rules
+from llep.monitoring.vllm import vllm
 from llep_server.config import ServerConfig
 from llep_server.families import FAMILIES, SCHEDULER_FAMILIES
 from tests.ops.prometheus import Prometheus, prometheus, wait_for
 from tests.ops.queries import METRIC, PanelQuery, filled, panel_queries
+from tests.ops.test_rules import case, promtool_test
 
 ROOT = Path(__file__).parents[2]
 DASHBOARDS = dashboards()
@@ -81,10 +83,19 @@ def test_no_query_asks_for_what_nobody_exports() -> None:
     assert {name for name in asked if not name.startswith("vllm:")} <= known
 
 
-def test_variant_for_ray_differs_in_vllms_names_only() -> None:
-    ours, rays = (list(panel_queries(d)) for d in (OVERVIEW, DASHBOARDS["llep-overview-ray.json"]))
-    assert [query.expr.replace("vllm:", "ray_vllm_") for query in ours] == [query.expr for query in rays]
-    assert not any("vllm:" in query.expr for query in rays)
+def test_vllms_metrics_are_found_under_each_of_their_names(tmp_path: Path) -> None:
+    series = {
+        f'{prefix}prompt_tokens_total{{engine="0",i="{prefix}"}}': "0+60x9"
+        for prefix in ("vllm:", "vllm_", "ray_vllm_")
+    }
+    selector = vllm("prompt_tokens_total", 'engine="0"')
+    test = {
+        "expr": f"sum(rate({selector}[5m]))",
+        "eval_time": "9m",
+        "exp_samples": [{"labels": "{}", "value": 3}],
+    }
+    done = promtool_test(tmp_path, [case("names", series, []) | {"promql_expr_test": [test]}])
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-UNPACKED = Path(sys.prefix) / "tools" / "usr" / "bin"  # where `make tools` puts them
+TOOLS = Path(sys.prefix) / "tools"  # where `make tools` puts them
+UNPACKED = TOOLS / "usr" / "bin"
 
 
 def tool(name: str, package: str = "prometheus") -> str:
