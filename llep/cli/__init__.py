@@ -34,9 +34,9 @@ def _register() -> None:
     """Each module of commands adds its own to `app`, once."""
     if app.registered_commands:
         return
-    from llep.cli import calibrate, control, control_plane, demo, doctor, export, model, plan, serve, simulate
+    from llep.cli import calibrate, control, control_plane, demo, doctor, export, model, plan, serve, simulate, with_ray
 
-    for module in (serve, model, control_plane, control, plan, simulate, calibrate, doctor, export, demo):
+    for module in (serve, model, control_plane, control, plan, simulate, calibrate, doctor, export, demo, with_ray):
         module.add_to(app)
 
 

@@ -26,6 +26,7 @@ from llep.errors import ERRORS_BY_CODE, LlepError, SchedulerUnreachable, Unsuppo
 logger = logging.getLogger("llep.scheduler")
 
 ACTOR_NAME = "llep-scheduler"
+SCHEDULER_RESOURCE = "llep_scheduler"  # a Ray node that has it keeps the scheduler, for its state folder is there
 DEFAULT_ADDRESS = "auto"
 DEFAULT_NAMESPACE = "llep"
 DEFAULT_STATE_DIR = "~/.local/state/llep"
@@ -66,6 +67,7 @@ def connect_scheduler(address: str, namespace: str, state_dir: Path) -> Any:
 
     if not ray.is_initialized():
         ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
+    kept_by = {SCHEDULER_RESOURCE: 0.001} if SCHEDULER_RESOURCE in ray.cluster_resources() else {}
     actor = ray.remote(Scheduler).options(
         name=ACTOR_NAME,
         namespace=namespace,
@@ -73,6 +75,7 @@ def connect_scheduler(address: str, namespace: str, state_dir: Path) -> Any:
         get_if_exists=True,
         max_restarts=-1,
         num_cpus=0,
+        resources=kept_by,
         max_concurrency=MOST_ACTOR_CALLS,
     )
     return actor.remote(str(state_dir))
