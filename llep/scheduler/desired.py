@@ -20,6 +20,7 @@ class Override(msgspec.Struct, frozen=True):
     value: Any
     revision: int
     until_s: float | None = None  # unix time
+    exempt_until_s: float | None = None  # when this ends before that time, the engine is exempt until then
 
 
 Layer = dict[str, dict[str, Override]]  # target (engine or EVERY) -> key -> override
@@ -87,7 +88,7 @@ class Desired(msgspec.Struct, frozen=True):
             return self
         targets = [EVERY] if found[1] is None else found[1]
         kept = {
-            target: {key: o for key, o in overrides.items() if o.until_s is None or o.until_s > now_s}
+            target: {key: left for key, o in overrides.items() if (left := _left_at(o, now_s)) is not None}
             for target, overrides in self.temporary.items()
         }
         addressed = {**self.addressed, **dict.fromkeys(targets, revision)}
@@ -159,7 +160,25 @@ def _put(layer: Layer, key: str, override: Override, engines: Iterable[str] | No
         if override.value is None and key not in layer.get(EVERY, {}):
             layer.get(engine, {}).pop(key, None)
         else:
-            layer.setdefault(engine, {})[key] = override
+            own = layer.setdefault(engine, {})
+            own[key] = override if override.value is None else _over(override, own.get(key))
+
+
+def _over(override: Override, beneath: Override | None) -> Override:
+    """An engine's override, laid over the one that it had: an exemption holds again when the new one ends."""
+    if beneath is None:
+        return override
+    exempt_until_s = beneath.until_s if beneath.value is None else beneath.exempt_until_s
+    return msgspec.structs.replace(override, exempt_until_s=exempt_until_s)
+
+
+def _left_at(override: Override, now_s: float) -> Override | None:
+    """What is left of an override at that time."""
+    if override.until_s is None or override.until_s > now_s:
+        return override
+    if override.exempt_until_s is not None and override.exempt_until_s > now_s:
+        return Override(None, override.revision, override.exempt_until_s)
+    return None
 
 
 def _until(temporary: Layer, key: str) -> float | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llep.config import Settings
@@ -60,6 +60,9 @@ def replay(history: list[Made], engine: str, key: str, now_s: float) -> Any:
     return getattr(START, key) if value is None else value
 
 
+@example(
+    [Made({"mode": "off"}, None, 20.0), Made({"mode": None}, ("a",), None), Made({"mode": "off"}, ("a",), 10.0)], 10.0
+)
 @given(st.lists(permanent | temporary, max_size=8), st.sampled_from([5.0, 10.0, 15.0, 25.0, 35.0]))
 def test_equals_a_replay_of_all_changes(history: list[Made], now_s: float) -> None:
     desired = Desired()

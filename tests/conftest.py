@@ -1,0 +1,10 @@
+"""Property tests try the same cases each time, so that main stays green; HYPOTHESIS_PROFILE=default tries others."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
