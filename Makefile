@@ -7,9 +7,11 @@ TOOLS  := $(VENV)/tools
 DEBS   := prometheus prometheus-alertmanager
 NPMS   := @grafana/schema@13.2.3 typescript@7.0.2
 
-# make serve: another checkpoint or hub name with MODEL=..., other vLLM flags with FLAGS=...
+# make serve: another checkpoint or hub name with MODEL=..., other vLLM flags with FLAGS=...; TRAIN=1 first trains a
+# small model on this machine's text (5 minutes), whose routing is skewed as real models' is: the default from then on.
 TINY   := models/tiny-gpt-oss
-MODEL  ?= $(TINY)
+NATURAL := models/natural-gpt-oss
+MODEL  ?= $(if $(TRAIN)$(wildcard $(NATURAL)/config.json),$(NATURAL),$(TINY))
 FLAGS  ?= --tensor-parallel-size 2 --enable-expert-parallel --enforce-eager
 # The prompts of a demo are short: balance batches that a GPU would leave alone.
 serve: export LLEP_MIN_BATCH_TOKENS ?= 16
@@ -17,7 +19,7 @@ serve: export LLEP_MIN_CHUNK_TOKENS ?= 8
 
 .PHONY: serve test tools check lint types unit bench lock clean
 
-serve: $(READY) $(if $(filter $(TINY),$(MODEL)),$(TINY)/config.json)
+serve: $(READY) $(if $(filter $(TINY) $(NATURAL),$(MODEL)),$(MODEL)/config.json)
 	@exec $(BIN)/llep serve $(MODEL) $(FLAGS)
 
 test: check tools
@@ -40,6 +42,9 @@ bench: $(READY)
 
 $(TINY)/config.json: | $(READY)
 	$(BIN)/llep model tiny gpt-oss $(TINY) --hot 0-7 --hot-share 0.85
+
+$(NATURAL)/config.json: | $(READY)
+	$(BIN)/llep model train gpt-oss $(NATURAL)
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

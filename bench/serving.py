@@ -68,11 +68,22 @@ class Engine:
     def reports(self) -> list[Report]:
         return [decode_report(report) for report in self._llm.collective_rpc("llep_report")]
 
-    def prefill(self, prompt: list[int]) -> dict[str, float]:
-        """One prefill: its seconds, and those in MoE layers on the slowest rank."""
+    def step(self) -> int:
+        """Steps so far, dummy ones included."""
+        return self.reports()[0].step
+
+    def generate(self, prompts: Sequence[list[int]], max_tokens: int) -> None:
+        """Serve the prompts together, each with a reply of so many tokens, sampled."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=1.0, seed=0, max_tokens=max_tokens, ignore_eos=True)
+        self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+
+    def prefill(self, *prompts: list[int]) -> dict[str, float]:
+        """One prefill of all prompts: its seconds, and those in MoE layers on the slowest rank."""
         before = self.reports()
         start = time.perf_counter()
-        self._llm.generate([{"prompt_token_ids": prompt}], self._sampling, use_tqdm=False)
+        self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], self._sampling, use_tqdm=False)
         seconds = time.perf_counter() - start
         after = self.reports()
         moe = [b.layer_seconds - a.layer_seconds for a, b in zip(before, after, strict=True)]
