@@ -133,6 +133,9 @@ class Settings(BaseModel):
     watchdog_s: int = _hot(60, "seconds a rank waits for the others before it stops loudly", ge=5, le=3600)
     metrics_level: MetricsLevel = _hot(MetricsLevel.RANK, "detail of /metrics: off, rank, layer or layer_rank")
     metrics_max_series: int = _hot(5000, "series per engine above which /metrics drops a level", ge=100, le=200_000)
+    verify_sample_ratio: float = _hot(
+        0.0, "share of steps whose lending layers are computed again by plain EP and compared", ge=0, le=1
+    )
     slots_per_rank: int = _cold(4, "slots of the lending pool on each rank, shared by all layers", ge=0, le=4096)
     memory_budget_bytes: int = _cold(
         0, "bytes per rank for the lending pool; 0 takes slots_per_rank, else the slots are what fits", ge=0

@@ -137,6 +137,7 @@ class EventKind(StrEnum):
     ENGINE_STALE = "engine_stale"
     ENGINE_RESTARTED = "engine_restarted"
     APPLY_FAILED = "apply_failed"
+    ENGINE_ERROR = "engine_error"
     REPORT_REFUSED = "report_refused"
     STORE_SET_ASIDE = "store_set_aside"
     SCHEDULER_STARTED = "scheduler_started"

@@ -1,17 +1,20 @@
-"""From a plan to index lists: which pairs travel where, and which rows a rank computes with which weights.
+"""From a plan to index lists: which pairs and token rows travel where, and what a rank computes with which weights.
 
 Pure index arithmetic on the host. A *pair* is one (token, k) of the router's choice; pairs sorted by expert, and by
-token within an expert, are in the plan's order. Shape letters: S segments, Q sources (ranks whose tokens differ),
-R ranks, E experts.
+token within an expert, are in the plan's order. Where a batch does not fit the workspace, each source's tokens are cut
+into blocks that are computed one after the other.
 
-Legend of orders: a source sends its rows by (destination, segment); a rank receives rows by (source, segment).
+Shape letters: S segments, R ranks, B blocks, E experts, Q sources' blocks (R x B, a source's blocks in order), P pairs,
+G groups of pairs that share an expert.
+
+Orders: a source sends its pairs by (destination, segment); a rank receives them by (source, segment).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,43 +26,133 @@ Index = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows that one rank computes: `positions` among what it holds, `experts` the row in the bank of weights.
+    """Pairs that one rank computes with one bank of weights (its own experts', or its lending pool), expert by expert.
 
-    Both are int64 of equal length; a bank is the rank's own weights or its lending pool.
+    positions_P: places among the pairs at hand. experts_G, counts_G: rows of the bank, each once and increasing, and
+    how many of the pairs belong to each, at least one.
     """
 
-    positions: Index
-    experts: Index
+    positions_P: Index
+    experts_G: Index
+    counts_G: Index
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return len(self.positions_P)
+
+    def chunks(self, most_rows: int) -> Iterator[Rows]:
+        """These rows in parts of at most most_rows."""
+        if len(self) <= most_rows:
+            if len(self):
+                yield self
+            return
+        stops_G = np.cumsum(self.counts_G)
+        for start in range(0, len(self), most_rows):
+            stop = min(start + most_rows, len(self))
+            counts_G = np.minimum(stops_G, stop) - np.maximum(stops_G - self.counts_G, start)
+            used = counts_G > 0
+            yield Rows(self.positions_P[start:stop], self.experts_G[used], counts_G[used])
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch:
-    """One rank's part of a plan.
+class Banks(NamedTuple):
+    """Rows by the weights that they need."""
 
-    send_order: positions, in this source's expert-sorted pairs, of the rows it sends, by (destination, segment).
-    send_counts, receive_counts: rows to and from each rank. home, lent: received rows by the weights they need.
-    """
-
-    send_order: Index
-    send_counts: list[int]
-    receive_counts: list[int]
     home: Rows
     lent: Rows
 
 
-def segment_shares(plan: Plan, counts_QE: Index) -> tuple[Index, Index]:
-    """How each segment falls on the sources: (starts_SQ, lengths_SQ), starts counted within the source's own pairs."""
-    segments = np.array([tuple(s) for s in plan.segments], dtype=np.int64).reshape(-1, 4)
-    experts, starts, stops = segments[:, 0], segments[:, 2], segments[:, 3]
-    ends_QE = np.cumsum(counts_QE, axis=0)
-    source_stops_SQ = ends_QE.T[experts]
-    source_starts_SQ = source_stops_SQ - counts_QE.T[experts]
-    low_SQ = np.maximum(starts[:, None], source_starts_SQ)
-    high_SQ = np.minimum(stops[:, None], source_stops_SQ)
-    return low_SQ - source_starts_SQ, np.maximum(high_SQ - low_SQ, 0)
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """One rank's part in one block of a plan.
+
+    own: rows among its own expert-sorted pairs, which it computes itself. arrived: rows among the pairs it receives.
+    send_order: places, among its own expert-sorted pairs, of those it sends away, by (destination, segment).
+    pairs_to, pairs_from: how many pairs, per rank; none to itself. rows_to, rows_from: how many token rows, at most:
+    a token goes to a rank once, so a rank's tokens and its pairs limit them, and all ranks know both.
+    """
+
+    own: Banks
+    arrived: Banks
+    send_order: Index
+    pairs_to: list[int]
+    pairs_from: list[int]
+    rows_to: list[int]
+    rows_from: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How a plan's segments fall on the sources' blocks.
+
+    starts_SQ: places within the block's own pairs of the segment's expert; lengths_SQ pairs; tokens_Q of each block.
+    """
+
+    plan: Plan
+    counts_QE: Index
+    starts_SQ: Index
+    lengths_SQ: Index
+    tokens_Q: Index
+
+    @classmethod
+    def of(cls, plan: Plan, counts_QE: Index, top_k: int) -> Shares:
+        """counts_QE: pairs of each source's block for each expert; tokens have top_k pairs each."""
+        experts_S, _, start_S, stop_S = plan.segments_S4.T
+        stops_SQ = np.cumsum(counts_QE, axis=0).T[experts_S]
+        starts_SQ = stops_SQ - counts_QE.T[experts_S]
+        low_SQ = np.maximum(start_S[:, None], starts_SQ)
+        high_SQ = np.minimum(stop_S[:, None], stops_SQ)
+        tokens_Q = counts_QE.sum(axis=1) // top_k
+        return cls(plan, counts_QE, low_SQ - starts_SQ, np.maximum(high_SQ - low_SQ, 0), tokens_Q)
+
+    def pairs_RQ(self) -> Index:
+        """Pairs that each rank computes of each source's block."""
+        found_RQ = np.zeros((self.plan.placement.ep_size, len(self.tokens_Q)), dtype=np.int64)
+        np.add.at(found_RQ, self.plan.segments_S4[:, 1], self.lengths_SQ)
+        return found_RQ
+
+    def most_rows(self) -> int:
+        """The most token rows that any rank sends, or receives, if there is one block for each source."""
+        rows_RR = np.minimum(self.pairs_RQ(), self.tokens_Q)
+        np.fill_diagonal(rows_RR, 0)
+        return int(max(rows_RR.sum(axis=0).max(initial=0), rows_RR.sum(axis=1).max(initial=0)))
+
+    def own(self, rank: int, q: int, local_ids: Sequence[int]) -> Banks:
+        """What `rank` computes of the pairs of source block q, which it holds."""
+        mine = np.flatnonzero(self.plan.segments_S4[:, 1] == rank)
+        experts = self.plan.segments_S4[mine, 0]
+        offsets_E = np.cumsum(self.counts_QE[q]) - self.counts_QE[q]
+        starts = offsets_E[experts] + self.starts_SQ[mine, q]
+        return _by_bank(self.plan, rank, local_ids, experts, starts, self.lengths_SQ[mine, q])
+
+    def dispatch(self, rank: int, block: int, local_ids: Sequence[int]) -> Dispatch:
+        """The part of `rank` in this block. local_ids[expert]: the expert's row in its home rank's weights."""
+        ep_size = self.plan.placement.ep_size
+        blocks = len(self.tokens_Q) // ep_size
+        at_R = np.arange(ep_size) * blocks + block
+        others_R = np.arange(ep_size) != rank
+        pairs_RR = self.pairs_RQ()[:, at_R]
+        pairs_to, pairs_from = pairs_RR[:, rank] * others_R, pairs_RR[rank] * others_R
+        return Dispatch(
+            own=self.own(rank, int(at_R[rank]), local_ids),
+            arrived=self._arrived(rank, at_R[others_R], local_ids),
+            send_order=self._send_order(rank, int(at_R[rank])),
+            pairs_to=pairs_to.tolist(),
+            pairs_from=pairs_from.tolist(),
+            rows_to=np.minimum(pairs_to, self.tokens_Q[at_R[rank]]).tolist(),
+            rows_from=np.minimum(pairs_from, self.tokens_Q[at_R]).tolist(),
+        )
+
+    def _send_order(self, rank: int, q: int) -> Index:
+        experts_S, ranks_S = self.plan.segments_S4[:, 0], self.plan.segments_S4[:, 1]
+        offsets_E = np.cumsum(self.counts_QE[q]) - self.counts_QE[q]
+        away = np.flatnonzero(ranks_S != rank)
+        away = away[np.argsort(ranks_S[away], kind="stable")]
+        return ranges(offsets_E[experts_S[away]] + self.starts_SQ[away, q], self.lengths_SQ[away, q])
+
+    def _arrived(self, rank: int, sources_q: Index, local_ids: Sequence[int]) -> Banks:
+        mine = np.flatnonzero(self.plan.segments_S4[:, 1] == rank)
+        lengths = self.lengths_SQ[np.ix_(mine, sources_q)].T.reshape(-1)
+        experts = np.tile(self.plan.segments_S4[mine, 0], len(sources_q))
+        return _by_bank(self.plan, rank, local_ids, experts, np.cumsum(lengths) - lengths, lengths)
 
 
 def ranges(starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> Index:
@@ -72,65 +165,21 @@ def ranges(starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> Index:
     return index
 
 
-def dispatch(plan: Plan, counts_RE: Index, rank: int, local_ids: Sequence[int]) -> Dispatch:
-    """This rank's part where each rank holds its own tokens (data-parallel attention).
-
-    counts_RE: pairs routed by each rank to each expert. local_ids[expert]: the expert's row in its home rank's weights.
-    """
-    starts_SR, lengths_SR = segment_shares(plan, counts_RE)
-    segment_ranks = np.array([s.rank for s in plan.segments], dtype=np.int64)
-    segment_experts = np.array([s.expert for s in plan.segments], dtype=np.int64)
-    own_offsets = np.cumsum(counts_RE[rank]) - counts_RE[rank]
-    by_destination = np.argsort(segment_ranks, kind="stable")
-    send_lengths = lengths_SR[by_destination, rank]
-    send_starts = own_offsets[segment_experts[by_destination]] + starts_SR[by_destination, rank]
-    ep_size = plan.placement.ep_size
-    send_counts = np.bincount(segment_ranks, weights=lengths_SR[:, rank], minlength=ep_size)
-    mine = segment_ranks == rank
-    received_RS = lengths_SR[mine].T
-    home, lent = _rows_by_bank(plan, rank, local_ids, segment_experts[mine], received_RS)
-    return Dispatch(
-        send_order=ranges(send_starts, send_lengths),
-        send_counts=[int(n) for n in send_counts],
-        receive_counts=[int(n) for n in received_RS.sum(axis=1)],
-        home=home,
-        lent=lent,
-    )
-
-
-def share(plan: Plan, counts_E: Index, rank: int, local_ids: Sequence[int]) -> tuple[Rows, Rows]:
-    """This rank's (home, lent) rows where every rank holds all tokens (tensor-parallel attention); nothing travels.
-
-    Positions are in the expert-sorted pairs that all ranks hold alike.
-    """
-    segments = [segment for segment in plan.segments if segment.rank == rank]
-    offsets = np.cumsum(counts_E) - counts_E
-    experts = np.array([s.expert for s in segments], dtype=np.int64)
-    starts = offsets[experts] + np.array([s.start for s in segments], dtype=np.int64)
-    lengths = np.array([s.stop - s.start for s in segments], dtype=np.int64)
-    return _split_by_bank(plan, rank, local_ids, experts, starts, lengths)
-
-
 def slots_of(plan: Plan, rank: int) -> dict[int, int]:
     """expert -> slot of this rank's lending pool: slots are filled in the order of the plan's lends."""
     return {lend.expert: slot for slot, lend in enumerate(lend for lend in plan.lends if lend.dst_rank == rank)}
 
 
-def _rows_by_bank(
-    plan: Plan, rank: int, local_ids: Sequence[int], experts_S: Index, received_RS: Index
-) -> tuple[Rows, Rows]:
-    lengths = received_RS.reshape(-1)
-    starts = np.cumsum(lengths) - lengths
-    return _split_by_bank(plan, rank, local_ids, np.tile(experts_S, received_RS.shape[0]), starts, lengths)
-
-
-def _split_by_bank(
-    plan: Plan, rank: int, local_ids: Sequence[int], experts: Index, starts: Index, lengths: Index
-) -> tuple[Rows, Rows]:
+def _by_bank(plan: Plan, rank: int, local_ids: Sequence[int], experts: Index, starts: Index, lengths: Index) -> Banks:
+    """Runs [start, start + length) of pairs at hand, each of one expert, as rows by the bank that `rank` has it in."""
     slots = slots_of(plan, rank)
     is_lent = np.array([int(e) in slots for e in experts], dtype=bool)
     rows = np.array([slots.get(int(e), local_ids[int(e)]) for e in experts], dtype=np.int64)
-    home, lent = (
-        Rows(ranges(starts[bank], lengths[bank]), np.repeat(rows[bank], lengths[bank])) for bank in (~is_lent, is_lent)
-    )
-    return home, lent
+    return Banks(*(_rows(rows[bank], starts[bank], lengths[bank]) for bank in (~is_lent, is_lent)))
+
+
+def _rows(experts: Index, starts: Index, lengths: Index) -> Rows:
+    order = np.argsort(experts, kind="stable")
+    counts = np.bincount(experts, weights=lengths).astype(np.int64)
+    used = np.flatnonzero(counts)
+    return Rows(ranges(starts[order], lengths[order]), used, counts[used])

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
 
@@ -22,7 +23,8 @@ from llep.cost import Link
 from llep.errors import LlepError
 from llep.moe.swiglu import SwigluExperts
 from llep.moe.transport import Transport, join
-from llep.plan import Lend
+from llep.placement import Placement
+from llep.plan import Decision, Plan, Segment
 
 EXPERTS = 4  # measured together: enough that one expert's weights are not in a cache when its turn comes again
 LEND_BYTES = (1 << 16, 1 << 20, 1 << 23, 1 << 26)
@@ -79,9 +81,9 @@ def measure_gemm(
 
 
 def _compute_s(experts: SwigluExperts, number: int, tokens: int, rows_PH: torch.Tensor) -> float:
-    experts_P = torch.arange(number, device=rows_PH.device).repeat_interleave(tokens)
-    gates_P = torch.ones(len(rows_PH), device=rows_PH.device)
-    return _least_s(lambda: experts.compute(experts.weights, rows_PH, experts_P, gates_P), rows_PH.device)
+    experts_G, counts_G = np.arange(number), np.full(number, tokens)
+    gates_P = rows_PH.new_ones(len(rows_PH))
+    return _least_s(lambda: experts.compute(experts.weights, rows_PH, experts_G, counts_G, gates_P), rows_PH.device)
 
 
 def _least_s(run: Callable[[], object], device: torch.device) -> float:
@@ -138,6 +140,7 @@ def _lend(rank: int, store: str, device_type: str, sender: Connection) -> None:
         torch.cuda.set_device(device)
     join(rank, 2, store, device)
     transport = Transport((0, 1), device)
+    plan = Plan(Decision.LEND, Placement(home_rank=(0,), free_slots=(0, 1)), [Segment(0, 1, 0, 1)])
     times_s = []
     for size in LEND_BYTES:
         weights = {"weights": torch.zeros(1, size, dtype=torch.uint8, device=device)}
@@ -148,7 +151,7 @@ def _lend(rank: int, store: str, device_type: str, sender: Connection) -> None:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             start_s = time.perf_counter()
-            transport.start_lends([Lend(0, 0, 1, 1)], weights, [0], weights).wait()
+            transport.start_lends(plan, weights, [0], weights).wait()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             return time.perf_counter() - start_s

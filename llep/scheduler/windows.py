@@ -167,6 +167,7 @@ class Windows:
         assert engine is not None
         found = _check(engine, report)
         changes = [] if engine is known else [*_restart(known, engine)]
+        changes += _new_errors(engine, report)
         old_error = engine.last_apply_error
         self.engines[report.info.engine] = engine
         _put(engine, report, found, now_s)
@@ -310,6 +311,22 @@ def _restart(known: Engine | None, engine: Engine) -> list[Change]:
     data = {"incarnation": engine.incarnation, "before": known.incarnation}
     return [
         Change(EventKind.ENGINE_RESTARTED, engine.info.engine, f"engine {engine.info.engine} has started anew", data)
+    ]
+
+
+def _new_errors(engine: Engine, report: Report) -> list[Change]:
+    """One for each kind of error that this rank has counted more of than it had said."""
+    before = engine.reports[report.rank].errors if report.rank in engine.reports else {}
+    name = engine.info.engine
+    return [
+        Change(
+            EventKind.ENGINE_ERROR,
+            name,
+            f"rank {report.rank} of engine {name}: {kind}, {count} times so far; its log says more",
+            {"rank": report.rank, "error": kind, "count": count},
+        )
+        for kind, count in sorted(report.errors.items())
+        if count > before.get(kind, 0)
     ]
 
 

@@ -6,11 +6,13 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.model_executor.layers.fused_moe import modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPrepareAndFinalizeNoDPEPModular
 
 from llep.errors import UnsupportedConfiguration
+from llep.moe.dispatch import Index
 
 # Not an expert's weights: activation scales that all experts share, and what the router uses.
 _SHARED_BY_EXPERTS = ("w13_input_scale", "w2_input_scale", "e_score_correction_bias", "hash_indices_table")
@@ -56,7 +58,12 @@ class VllmExperts:
         self._pool_kernel = _local_kernel(experts)
 
     def compute(
-        self, bank: Mapping[str, torch.Tensor], rows_PH: torch.Tensor, experts_P: torch.Tensor, gates_P: torch.Tensor
+        self,
+        bank: Mapping[str, torch.Tensor],
+        rows_PH: torch.Tensor,
+        experts_G: Index,
+        counts_G: Index,
+        gates_P: torch.Tensor,
     ) -> torch.Tensor:
         """gate x expert(row) of each row -> [P, H]; see llep.moe.layer.Experts."""
         kernel = self._home_kernel if bank is self.weights else self._pool_kernel
@@ -66,7 +73,7 @@ class VllmExperts:
             w1=bank["w13_weight"],
             w2=bank["w2_weight"],
             topk_weights=gates_P[:, None].to(torch.float32),
-            topk_ids=experts_P[:, None].to(torch.int32),
+            topk_ids=torch.from_numpy(np.repeat(experts_G.astype(np.int32), counts_G)[:, None]).to(rows_PH.device),
             activation=self._routed.activation,
             global_num_experts=bank["w13_weight"].shape[0],
             expert_map=None,

@@ -32,7 +32,9 @@ from llep.moe.agreement import HEADER_SIZE, AgreedSettings, agreed_step
 from llep.moe.layer import Counts, LayerResult, LeastLoadedMoE
 from llep.moe.slots import LendingPool, available_host_bytes, bytes_per_expert
 from llep.moe.transport import Transport
+from llep.moe.verify import is_sampled, verify
 from llep.moe.window import LoadWindow
+from llep.moe.workspace import Workspace
 from llep.placement import Placement
 from llep.plan import Decision, Plan
 from llep.planning import warm_up
@@ -83,6 +85,7 @@ class Rank:
         self._start_settings = settings
         self.layers: list[RankLayer] = []
         self._pools: dict[tuple[Any, ...], LendingPool] = {}
+        self._workspaces: dict[int, Workspace] = {}
         self._window: LoadWindow | None = None
         self._recording: Recording | None = None
         self._expected_layers = 0
@@ -92,6 +95,7 @@ class Rank:
         self._report_seq = 0
         self._counting_since_s = time.monotonic()
         self._has_lent = False
+        self._is_trusted = True  # until a verified step differs
         warm_up()  # compiles the planners on a machine's first start, and takes them from the cache afterwards
         group = get_ep_group()
         self._transport = Transport(group.ranks, group.device, settings.watchdog_s)
@@ -117,7 +121,7 @@ class Rank:
             experts=experts,
             placement=Placement(home_rank, (pool.slots,) * self._transport.size),
             local_ids=local_ids,
-            moe=LeastLoadedMoE(experts, self._transport, pool, home_rank, local_ids),
+            moe=LeastLoadedMoE(experts, self._transport, pool, home_rank, local_ids, self._workspace_for(experts)),
             bytes_per_expert=bytes_per_expert(experts.weights),
         )
         self.layers.append(layer)
@@ -143,6 +147,17 @@ class Rank:
                 bytes_per_expert(weights),
             )
         return self._pools[shape]
+
+    def _workspace_for(self, experts: VllmExperts) -> Workspace:
+        """Room for the rows of one layer: the same for all layers that choose as many experts per token."""
+        if experts.top_k not in self._workspaces:
+            self._workspaces[experts.top_k] = Workspace.for_batches(
+                self.config.scheduler_config.max_num_batched_tokens,
+                experts.top_k,
+                self._transport.size,
+                is_replicated=self.is_replicated,
+            )
+        return self._workspaces[experts.top_k]
 
     def _available_bytes(self) -> int | None:
         """This rank's part of the host's memory, the same number on all ranks; None where the pool is elsewhere.
@@ -254,6 +269,7 @@ class Rank:
             is_dummy=is_dummy,
             is_prefill=is_prefill,
         )
+        self._transport.where = f"step {self._step_number}, before its first layer"
         row = torch.from_numpy(header).to(self._transport.device)
         headers = self._transport.gather(row, "agreement on the step").cpu().numpy().reshape(-1, HEADER_SIZE)
         before = self.agreed.live.number
@@ -279,6 +295,7 @@ class Rank:
     ) -> torch.Tensor:
         """The routed experts' output [T, H]: this rank's partial sum in TP-EP, whole in DP-EP. Every rank enters it."""
         start = time.perf_counter()
+        self._transport.where = f"step {self._step_number}, layer {layer.number}"
         rows = step.rows
         decide_plan = partial(self._decide, layer, step)
         moe = layer.moe
@@ -286,13 +303,9 @@ class Rank:
             agree = may_plan(step.settings, step.step, layer.number) is None
             result = moe.forward_replicated(hidden_TH[:rows], gates_TK[:rows], ids_TK[:rows], decide_plan, agree=agree)
         else:
-            result = moe.forward_sharded(
-                hidden_TH[:rows],
-                gates_TK[:rows],
-                ids_TK[:rows],
-                decide_plan,
-                gate_on_input=layer.experts.gate_on_input,
-            )
+            result = moe.forward_sharded(hidden_TH[:rows], gates_TK[:rows], ids_TK[:rows], decide_plan)
+        if result.plan.lends and is_sampled(self._step_number, step.settings.verify_sample_ratio):
+            result = self._verified(layer, result, hidden_TH[:rows], gates_TK[:rows], ids_TK[:rows])
         is_counted = layer.index < len(self._info.layer_numbers)
         if step.is_real and is_counted and step.settings.mode is not Mode.OFF:
             self._record(layer, step, result, time.perf_counter() - start)
@@ -301,6 +314,31 @@ class Rank:
         output_TH = torch.zeros_like(hidden_TH)
         output_TH[:rows] = result.output_TH
         return output_TH
+
+    def _verified(
+        self,
+        layer: RankLayer,
+        result: LayerResult,
+        hidden_TH: torch.Tensor,
+        gates_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
+    ) -> LayerResult:
+        """`result` if plain EP computes the same; else plain EP's, and lending ends. Every rank enters it."""
+        found = verify(layer.moe, result, hidden_TH, gates_TK, ids_TK, is_replicated=self.is_replicated)
+        if found.is_equal:
+            return result
+        self._is_trusted = False
+        if self._window is not None:
+            self._window.record_error("verify", "output_differs")
+        logger.error(
+            "llep: LENDING IS OFF until this engine restarts: at step %d, layer %d, the output differs from plain EP's "
+            "by %.2g of the largest value, on at least one rank. Serving goes on with plain EP. Please report it with "
+            "this log",
+            self._step_number,
+            layer.number,
+            found.difference,
+        )
+        return found.plain
 
     def _decide(self, layer: RankLayer, step: RankStep, counts_QE: Counts) -> Plan:
         planned = self._plan(layer, step, counts_QE)
@@ -311,6 +349,8 @@ class Rank:
     def _plan(self, layer: RankLayer, step: RankStep, counts_QE: Counts) -> Plan:
         counts_RE = np.zeros((self._transport.size, counts_QE.shape[1]), dtype=np.int64)
         counts_RE[: len(counts_QE)] = counts_QE
+        if not self._is_trusted:
+            return plan_home(counts_QE.sum(axis=0).tolist(), layer.placement, Decision.ERROR)
         return decide(step.settings, step.step, layer.number, counts_RE, layer.placement, layer.bytes_per_expert)
 
     def _record(self, layer: RankLayer, step: RankStep, result: LayerResult, seconds: float) -> None:

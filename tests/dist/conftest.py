@@ -1,62 +1,13 @@
-"""Real processes over gloo: `run_ranks` starts one per rank, ends all when one fails, and returns what each found."""
+"""`run_ranks` for tests: see tests.dist.ranks."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
-import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import pytest
 
-START_TIMEOUT_S = 120.0
-
-
-def _run(rank: int, size: int, port: int, pipe: Connection, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    try:
-        dist.init_process_group("gloo", rank=rank, world_size=size)
-        pipe.send(("ok", body(rank, size, *args)))
-    except BaseException:
-        pipe.send(("error", traceback.format_exc()))
-
-
-def start_ranks(body: Callable[..., Any], size: int, *args: Any, timeout_s: float = START_TIMEOUT_S) -> list[Any]:
-    """body(rank, size, *args) in `size` processes -> what each returned. Fails with the first traceback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    for rank in range(size):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(rank, size, port, sender, body, args), daemon=True)
-        process.start()
-        sender.close()
-        pipes.append(receiver)
-        processes.append(process)
-    results: dict[int, Any] = {}
-    try:
-        while len(results) < size:
-            ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results], timeout_s)
-            assert ready, f"ranks {sorted(set(range(size)) - set(results))} hang: nothing for {timeout_s} s"
-            for pipe in ready:
-                rank = pipes.index(pipe)  # type: ignore[arg-type]
-                status, value = pipe.recv()  # type: ignore[union-attr]
-                assert status == "ok", f"rank {rank}:\n{value}"
-                results[rank] = value
-        return [results[rank] for rank in range(size)]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+from tests.dist.ranks import start_ranks
 
 
 @pytest.fixture

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,15 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from llep.config import Mode, Planner, Settings
-from llep.moe.layer import LeastLoadedMoE
+from llep.moe.layer import BadBatch, LeastLoadedMoE
 from llep.moe.slots import LendingPool
 from llep.moe.swiglu import SwigluExperts
-from llep.moe.transport import Transport
+from llep.moe.transport import BLAME_WITHIN_S, PeerLost, Transport
+from llep.moe.verify import is_sampled, verify
+from llep.moe.workspace import Workspace
 from llep.placement import Placement
 from llep.plan import check_plan
 from llep.planning.policy import Step, decide
+from tests.dist.ranks import start_ranks
 
 HIDDEN, INTERMEDIATE, TOP_K = 32, 48, 2
 RunRanks = Callable[..., list[Any]]
@@ -42,21 +50,29 @@ def routed_tokens(
 
 
 def reference(hidden: torch.Tensor, gates: torch.Tensor, ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    experts = SwigluExperts(*all_weights(num_experts))
+    gate_up, down = all_weights(num_experts)
     output = torch.zeros_like(hidden)
     for k in range(ids.shape[1]):
-        output += experts.compute(experts.weights, hidden, ids[:, k].long(), gates[:, k])
+        for expert in range(num_experts):
+            rows = (ids[:, k] == expert).nonzero()[:, 0]
+            gate, up = (hidden[rows] @ gate_up[expert].T).chunk(2, dim=-1)
+            output[rows] += gates[rows, k, None] * ((F.silu(gate) * up) @ down[expert].T)
     return output
 
 
-def make_layer(rank: int, size: int, num_experts: int, home_rank: tuple[int, ...], slots: int) -> LeastLoadedMoE:
+LARGE = Workspace(chunk_rows=4096, wire_rows=4096)
+
+
+def make_layer(
+    rank: int, size: int, num_experts: int, home_rank: tuple[int, ...], slots: int, workspace: Workspace = LARGE
+) -> LeastLoadedMoE:
     mine = [expert for expert in range(num_experts) if home_rank[expert] == rank]
     gate_up, down = all_weights(num_experts)
     experts = SwigluExperts(gate_up[mine].clone(), down[mine].clone())
     pool = LendingPool.reserve(experts.weights, slots)
     local_ids = [sum(home_rank[other] == home_rank[expert] for other in range(expert)) for expert in range(num_experts)]
     transport = Transport(range(size), torch.device("cpu"), watchdog_s=30)
-    return LeastLoadedMoE(experts, transport, pool, home_rank, local_ids)
+    return LeastLoadedMoE(experts, transport, pool, home_rank, local_ids, workspace)
 
 
 def tokens_in_step(rng: np.random.Generator, rank: int, step: int) -> int:
@@ -77,11 +93,13 @@ def decision(
     return plan
 
 
-def sharded(rank: int, size: int, num_experts: int, is_round_robin: bool, planner: str, steps: int) -> Any:
+def sharded(
+    rank: int, size: int, num_experts: int, is_round_robin: bool, planner: str, steps: int, workspace: Workspace = LARGE
+) -> Any:
     torch.manual_seed(0)
     linear = Placement.linear(num_experts, size, 2).home_rank
     home_rank = tuple(expert % size for expert in range(num_experts)) if is_round_robin else linear
-    layer = make_layer(rank, size, num_experts, home_rank, slots=2)
+    layer = make_layer(rank, size, num_experts, home_rank, slots=2, workspace=workspace)
     settings = Settings(planner=Planner(planner), min_chunk_tokens=1, imbalance_threshold=1.05)
     digests: list[tuple[str, int]] = []
     choose = partial(decision, settings, Placement(home_rank, (2,) * size), True, digests)
@@ -97,6 +115,7 @@ def sharded(rank: int, size: int, num_experts: int, is_round_robin: bool, planne
         assert result.output_TH.shape == expected.shape
         if tokens:
             worst = max(worst, float((result.output_TH - expected).abs().max() / expected.abs().max()))
+    assert layer.workspace.bytes == (workspace.chunk_rows + 3 * workspace.wire_rows) * HIDDEN * 4
     return worst, digests
 
 
@@ -143,6 +162,84 @@ def test_sharded_tokens_give_what_one_process_gives(run_ranks: RunRanks, size: i
         assert any(name == "lend" for name, _ in results[0][1]), "the test lent nothing"
 
 
+@pytest.mark.parametrize(("size", "wire_rows", "chunk_rows"), [(2, 1, 1), (3, 13, 7), (4, 60, 16)])
+def test_batches_beyond_the_workspace_are_computed_in_parts(
+    run_ranks: RunRanks, size: int, wire_rows: int, chunk_rows: int
+) -> None:
+    results = run_ranks(sharded, size, 8, False, "quota", 8, Workspace(chunk_rows, wire_rows))
+    assert max(worst for worst, _ in results) < 1e-5
+    assert all(digests == results[0][1] for _, digests in results)
+
+
+def fanned_out(rank: int, size: int) -> tuple[float, int]:
+    """One expert gets everything, so that every rank borrows it, by the plan's relay tree."""
+    home_rank = Placement.linear(size, size, 2).home_rank
+    layer = make_layer(rank, size, size, home_rank, slots=1)
+    settings = Settings(min_chunk_tokens=1, imbalance_threshold=1.05)
+    rounds, worst = 0, 0.0
+    for step in range(3):
+        hidden, gates, _ = routed_tokens(np.random.default_rng([step, rank]), 80, size, [0], 1.0)
+        ids = torch.full((80, TOP_K), step, dtype=torch.int32)
+        result = layer.forward_sharded(
+            hidden, gates, ids, partial(decision, settings, Placement(home_rank, (1,) * size), True, [])
+        )
+        rounds = max(rounds, *(hop.round for hop in result.plan.transfers))
+        expected = reference(hidden, gates, ids, size)
+        worst = max(worst, float((result.output_TH - expected).abs().max() / expected.abs().max()))
+    return worst, rounds
+
+
+def test_weights_fan_out_by_the_relay_tree(run_ranks: RunRanks) -> None:
+    results = run_ranks(fanned_out, 6)
+    assert max(worst for worst, _ in results) < 1e-5
+    assert all(rounds >= 2 for _, rounds in results), "nobody passed weights on"
+
+
+BAD_BATCHES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]] = {
+    "hidden_TH has 4 tokens": lambda hidden, gates, ids: (hidden[:4], gates, ids),
+    "gates_TK has shape": lambda hidden, gates, ids: (hidden, gates[:, :1], ids),
+    "ids_TK has shape (10,)": lambda hidden, gates, ids: (hidden, gates, ids.reshape(-1)),
+    "ids_TK is torch.float32": lambda hidden, gates, ids: (hidden, gates, ids.float()),
+    "hidden_TH is torch.int64": lambda hidden, gates, ids: (hidden.long(), gates, ids),
+    "2 ids are outside 0..5": lambda hidden, gates, ids: (hidden, gates, ids + 6 * (torch.arange(5) == 0)[:, None]),
+    "1 ids are outside": lambda hidden, gates, ids: (hidden, gates, ids - (torch.arange(10) == 3).view(5, 2) * 99),
+    "hidden_TH is on meta": lambda hidden, gates, ids: (hidden.to("meta"), gates, ids),
+    "different forms": lambda hidden, gates, ids: (hidden, gates[:, :1], ids[:, :1]),
+}
+
+
+def refused(rank: int, size: int, is_replicated: bool) -> list[str]:
+    """The last rank is given one bad batch after the other; what each rank said. A good one follows each."""
+    home_rank = Placement.linear(6, size, 2).home_rank
+    layer = make_layer(rank, size, 6, home_rank, slots=2)
+    choose = partial(decision, Settings(min_chunk_tokens=1), Placement(home_rank, (2,) * size), True, [])
+    ids = torch.tensor([[0, 1], [2, 3], [1, 2], [1, 3], [3, 2]])
+    batch = torch.ones(5, HIDDEN), torch.ones(5, TOP_K), ids
+    said = []
+    for problem, spoil in BAD_BATCHES.items():
+        if is_replicated and "forms" in problem:
+            continue
+        given = spoil(*batch) if rank == size - 1 else batch
+        for tensors in (given, batch):
+            try:
+                if is_replicated:
+                    layer.forward_replicated(*tensors, choose, agree=True)  # type: ignore[misc]
+                else:
+                    layer.forward_sharded(*tensors, choose)  # type: ignore[misc]
+            except BadBatch as error:
+                assert tensors is not batch or rank < size - 1, error
+                said.append(error.message)
+                assert "EP rank" in error.message or problem in error.message, (problem, error.message)
+    return said
+
+
+@pytest.mark.parametrize("is_replicated", [False, True])
+def test_a_bad_batch_is_refused_by_all_ranks_and_leaves_no_trace(run_ranks: RunRanks, is_replicated: bool) -> None:
+    results = run_ranks(refused, 3, is_replicated)
+    assert [len(said) for said in results] == [len(BAD_BATCHES) - is_replicated] * 3
+    assert results[0][0] == "EP rank 2 refused its batch; see its log. Nobody computes this layer"
+
+
 @pytest.mark.parametrize(("size", "is_disagreeing"), [(2, False), (2, True), (3, True)])
 def test_replicated_tokens_give_what_one_process_gives(run_ranks: RunRanks, size: int, is_disagreeing: bool) -> None:
     """Also when the ranks' routers disagree: rank 0's choice holds on all of them, and nobody hangs."""
@@ -152,12 +249,88 @@ def test_replicated_tokens_give_what_one_process_gives(run_ranks: RunRanks, size
     assert any(name == "lend" for name, _ in results[0][1])
 
 
+class Corrupted(SwigluExperts):
+    """Whatever is computed with borrowed weights comes out a little wrong on the last rank."""
+
+    def compute(self, bank: Any, *arguments: Any) -> torch.Tensor:
+        output = super().compute(bank, *arguments)
+        return output if bank is self.weights else output * 1.01
+
+
+def verified(rank: int, size: int, is_replicated: bool, is_corrupt: bool) -> tuple[float, bool, float]:
+    home_rank = Placement.linear(8, size, 2).home_rank
+    layer = make_layer(rank, size, 8, home_rank, slots=2)
+    if is_corrupt and rank == size - 1:
+        layer.experts = Corrupted(*layer.experts.weights.values())
+    choose = partial(decision, Settings(min_chunk_tokens=1), Placement(home_rank, (2,) * size), True, [])
+    batch = routed_tokens(np.random.default_rng(0 if is_replicated else rank), 50, 8, [0, 1], 1.0)
+    if is_replicated:
+        result = layer.forward_replicated(*batch, choose, agree=True)
+    else:
+        result = layer.forward_sharded(*batch, choose)
+    assert result.plan.lends
+    found = verify(layer, result, *batch, is_replicated=is_replicated)
+    output = found.plain.output_TH
+    if is_replicated:
+        layer.transport.add_up(output, "outputs")
+    expected = reference(*batch, 8)
+    return found.difference, found.is_equal, float((output - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize(("is_replicated", "is_corrupt"), [(r, c) for r in (False, True) for c in (False, True)])
+def test_a_sampled_step_is_compared_with_plain_ep(run_ranks: RunRanks, is_replicated: bool, is_corrupt: bool) -> None:
+    for difference, is_equal, error in run_ranks(verified, 2, is_replicated, is_corrupt):
+        assert is_equal is not is_corrupt
+        assert (difference > 1e-3) if is_corrupt else (difference < 1e-5)
+        assert error < 1e-5
+
+
+def test_as_many_steps_are_sampled_as_the_ratio_says() -> None:
+    for ratio in (0.0, 0.01, 0.3, 1.0):
+        assert abs(sum(is_sampled(step, ratio) for step in range(1000)) - 1000 * ratio) <= 1
+
+
+def hurt(rank: int, size: int, where: str, fault: str, calls: int = 3) -> str:
+    """The last rank dies or stalls once it has come to `where` so many times; what another rank said."""
+    home_rank = Placement.linear(8, size, 2).home_rank
+    layer = make_layer(rank, size, 8, home_rank, slots=2)
+    layer.transport.watchdog_s = 3
+    counter = itertools.count()
+    if rank == size - 1:
+        healthy = getattr(layer.transport, where)
+
+        def broken(*arguments: Any, **named: Any) -> Any:
+            if next(counter) == calls:
+                if fault == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(25)
+                return "stalled"
+            return healthy(*arguments, **named)
+
+        setattr(layer.transport, where, broken)
+    choose = partial(decision, Settings(min_chunk_tokens=1), Placement(home_rank, (2,) * size), True, [])
+    for step in range(20):
+        layer.transport.where = f"step {step}, layer 0"
+        start_s = time.monotonic()
+        try:
+            layer.forward_sharded(*routed_tokens(np.random.default_rng([step, rank]), 50, 8, [0, 1], 1.0), choose)
+        except PeerLost as error:
+            assert time.monotonic() - start_s < 3 + BLAME_WITHIN_S + 4
+            return error.message
+    return "went on"
+
+
+@pytest.mark.parametrize("where", ["gather", "start_lends", "exchange"])
+@pytest.mark.parametrize("fault", ["kill", "stall"])
+def test_a_rank_that_dies_or_stalls_ends_the_others_and_is_named(where: str, fault: str) -> None:
+    said = start_ranks(hurt, 3, where, fault, lost=(2,))
+    for rank, message in enumerate(said[:2]):
+        assert f"EP rank {rank} of 3 gave up at step" in message and "layer 0, in " in message
+        assert "EP rank 2 stopped or stalled" in message, message
+
+
 def lonely(rank: int, size: int) -> str:
     """Rank 1 never enters the layer; rank 0 must give up by itself."""
-    import time
-
-    from llep.moe.transport import PeerLost
-
     transport = Transport(range(size), torch.device("cpu"), watchdog_s=2)
     if rank == 1:
         time.sleep(8)
@@ -171,7 +344,8 @@ def lonely(rank: int, size: int) -> str:
 
 def test_a_rank_that_stays_away_ends_the_others(run_ranks: RunRanks) -> None:
     message = run_ranks(lonely, 2)[0]
-    assert "EP rank 0 of 2 gave up in exchange of counts" in message and "watchdog_s=2" in message
+    assert "EP rank 0 of 2 gave up at one layer, in exchange of counts" in message and "watchdog_s=2" in message
+    assert "EP rank 1 stopped or stalled" in message
 
 
 def test_mode_names_are_the_documented_ones() -> None:

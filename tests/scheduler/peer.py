@@ -53,6 +53,7 @@ class Workers:
         self.start = self.live = Settings.parse(start)
         self.held_revision = self.live_revision = self.live_since_step = 0
         self.last_apply_error = ""
+        self.errors: dict[str, int] = {}
         self.counting_s = 86400.0  # longer than any window
         self._held = self.live
         self._rng = np.random.default_rng(seed)
@@ -123,7 +124,7 @@ class Workers:
             memory_budget_bytes=4 * BYTES_PER_SLOT,
             memory_used_bytes=rank * BYTES_PER_SLOT,
             memory_peak_bytes=rank * BYTES_PER_SLOT,
-            errors={},
+            errors=self.errors,
             group=self._group() if rank == 0 else None,
         )
 

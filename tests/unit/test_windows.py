@@ -170,6 +170,17 @@ def test_a_refused_directive_is_an_event_once() -> None:
     assert windows.engines["tiny"].last_apply_error == "slots_per_rank can't change"
 
 
+def test_an_error_of_a_rank_is_an_event_each_time_there_are_more() -> None:
+    windows, workers = Windows(), Workers()
+    hear(windows, workers, 0)
+    workers.errors = {"verify/output_differs": 1}
+    assert hear(windows, workers, 1) == [EventKind.ENGINE_ERROR] * 2
+    assert hear(windows, workers, 2) == []
+    workers.errors = {"verify/output_differs": 3}
+    (change, _) = [change for report in workers.reports() for change in windows.take(report, 3)]
+    assert change.message.startswith("rank 0 of engine tiny: verify/output_differs, 3 times so far")
+
+
 def test_a_doubled_report_does_no_harm() -> None:
     windows, workers = Windows(), Workers()
     run(windows, workers, 0, 3)

@@ -74,10 +74,11 @@ def test_all_tokens_to_one_expert(tmp_path: Path) -> None:
     ).directory
     expected = replies(model, tmp_path / "one.log", *ONE_RANK)
     for layout in (TP_EP, DP_EP):
-        env = {**BALANCING, "LLEP_SLOTS_PER_RANK": "1"}
+        env = {**BALANCING, "LLEP_SLOTS_PER_RANK": "1", "LLEP_VERIFY_SAMPLE_RATIO": "1"}
         found = replies(model, tmp_path / "two.log", *layout, "--enforce-eager", env=env)
         assert_equal(found, expected)
-        assert LENT in (tmp_path / "two.log").read_text()
+        log = (tmp_path / "two.log").read_text()
+        assert LENT in log and "LENDING IS OFF" not in log
 
 
 def test_qwen3_equals_one_rank(tmp_path: Path) -> None:
@@ -86,7 +87,8 @@ def test_qwen3_equals_one_rank(tmp_path: Path) -> None:
     for layout in (TP_EP, DP_EP):
         found = replies(model, tmp_path / "two.log", *layout, "--enforce-eager", env=BALANCING)
         assert_equal(found, expected)
-        assert LENT in (tmp_path / "two.log").read_text()
+        log = (tmp_path / "two.log").read_text()
+        assert LENT in log and "LENDING IS OFF" not in log
 
 
 @pytest.mark.parametrize("layout", [TP_EP, DP_EP], ids=["tp", "dp"])

@@ -1,0 +1,90 @@
+"""Whether a lending step computed what plain EP computes: a check of a share of the steps, on all ranks together."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from llep.moe.agreement import RanksDisagree
+from llep.moe.layer import Counts, LayerResult, LeastLoadedMoE
+from llep.plan import Plan
+from llep.planning.home import plan_home
+
+# Of the largest output: what another order of additions, and rounding to the type, may change.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """difference: of the outputs, in parts of the largest one, over all ranks. plain: what plain EP computed."""
+
+    difference: float
+    plain: LayerResult
+
+    @property
+    def is_equal(self) -> bool:
+        return self.difference <= TOLERANCES.get(self.plain.output_TH.dtype, 5e-2)
+
+
+def is_sampled(step: int, ratio: float) -> bool:
+    """Whether this step is one of the `ratio` of all, evenly spread, that are verified: the same on all ranks."""
+    return int((step + 1) * ratio) > int(step * ratio)
+
+
+def verify(
+    moe: LeastLoadedMoE,
+    result: LayerResult,
+    hidden_TH: torch.Tensor,
+    gates_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+    *,
+    is_replicated: bool,
+) -> Verification:
+    """Compute the batch of `result` again by plain EP and compare. Every rank enters it, for the same layer and step.
+
+    Raises RanksDisagree, on every rank, if the ranks counted or planned differently.
+    """
+    _compare_digests(moe, result)
+    plain_plan = partial(_plain_plan, moe, result.plan)
+    if is_replicated:
+        plain = moe.forward_replicated(hidden_TH, gates_TK, ids_TK, plain_plan, agree=True)
+        outputs = torch.stack((result.output_TH, plain.output_TH))  # partial sums differ by design: their sums may not
+        moe.transport.add_up(outputs, "sums to verify")
+    else:
+        plain = moe.forward_sharded(hidden_TH, gates_TK, ids_TK, plain_plan)
+        outputs = torch.stack((result.output_TH, plain.output_TH))
+    row = _difference_and_scale(outputs.to(torch.float64))
+    rows_R2 = moe.transport.gather(row.to(moe.transport.device), "differences found").cpu().numpy()
+    difference, scale = rows_R2.max(axis=0)
+    return Verification(float(difference / scale) if scale else float(difference), plain)
+
+
+def _plain_plan(moe: LeastLoadedMoE, plan: Plan, counts_QE: Counts) -> Plan:
+    return plan_home(counts_QE.sum(axis=0).tolist(), plan.placement)
+
+
+def _compare_digests(moe: LeastLoadedMoE, result: LayerResult) -> None:
+    counts = int.from_bytes(hashlib.blake2b(result.counts_RE.tobytes(), digest_size=8).digest(), "little") >> 1
+    row = torch.tensor([counts, result.plan.digest()], dtype=torch.int64, device=moe.transport.device)
+    rows_R2 = moe.transport.gather(row, "comparison of plans").cpu().numpy()
+    for what, column in (("counts", 0), ("plans", 1)):
+        different = np.flatnonzero(rows_R2[:, column] != rows_R2[0, column])
+        if len(different):
+            raise RanksDisagree(
+                f"EP rank {different[0]} holds other {what} than rank 0 at {moe.transport.where or 'one layer'}: its "
+                "memory or its build of llep differs; restart the engine, and replace the machine if it happens again"
+            )
+
+
+def _difference_and_scale(outputs_2TH: torch.Tensor) -> torch.Tensor:
+    """[2]: the largest difference, infinite where only one is a number, and the largest plain output."""
+    found, plain = outputs_2TH
+    if not plain.numel():
+        return torch.zeros(2, dtype=torch.float64, device=plain.device)
+    is_same = (found == plain) | (found.isnan() & plain.isnan())
+    difference = torch.where(is_same, 0.0, (found - plain).abs()).nan_to_num(nan=torch.inf)
+    return torch.stack((difference.max(), plain.abs().nan_to_num(nan=0.0).max()))
