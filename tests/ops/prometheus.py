@@ -71,6 +71,10 @@ class Prometheus:
         (sample,) = self.query(expr)
         return float(sample["value"][1])
 
+    def has_data(self, expr: str) -> bool:
+        """Whether there is a number at all."""
+        return any(sample["value"][1] != "NaN" for sample in self.query(expr))
+
     def label_values(self, query: str) -> list[str]:
         """What Grafana's label_values(selector, label) shows."""
         found = re.fullmatch(r"label_values\((.*), (\w+)\)", query)

@@ -21,7 +21,7 @@ from llep.monitoring.vllm import vllm
 from llep_server.config import ServerConfig
 from llep_server.families import FAMILIES, SCHEDULER_FAMILIES
 from tests.ops.prometheus import Prometheus, prometheus, wait_for
-from tests.ops.queries import METRIC, PanelQuery, filled, panel_queries
+from tests.ops.queries import METRIC, filled, panel_queries
 from tests.ops.test_rules import case, promtool_test
 
 ROOT = Path(__file__).parents[2]
@@ -121,15 +121,11 @@ def play(running: Running, seconds: float) -> None:
         time.sleep(0.2)
 
 
-def is_shown(query: PanelQuery, server: Prometheus) -> bool:
-    return any(sample["value"][1] != "NaN" for sample in server.query(query.expr))
-
-
 def test_every_panel_has_data(seen: Prometheus) -> None:
     queries = [query for query in panel_queries(OVERVIEW) if not any(m.startswith("vllm:") for m in query.metrics)]
     assert len(queries) > 30
     for query in queries:
-        wait_for(lambda query=query: is_shown(query, seen), 10, lambda query=query: f"{query}")
+        wait_for(lambda query=query: seen.has_data(query.expr), 10, lambda query=query: f"{query}")
 
 
 def test_every_variable_has_choices(seen: Prometheus) -> None:
