@@ -16,7 +16,7 @@ import pytest
 
 from tests.e2e.client import PROBE, Client, assert_counts_are_exact, by_rank, is_all_counted, prompts
 from tests.e2e.processes import Process, kill_all
-from tests.e2e.stack import EAGER_TO_LEND, LAYERS, TOP_K, TP_EP, VLLM, Stack, Traffic
+from tests.e2e.stack import EAGER_TO_LEND, LAYERS, LLEP, TOP_K, TP_EP, VLLM, Stack, Traffic
 
 pytestmark = pytest.mark.e2e
 
@@ -181,6 +181,18 @@ def test_printed_commands_work(stack: Stack, client: Client) -> None:
     assert "/v1/loads" in openapi["paths"]
     usage = completion["usage"]
     client.tokens += usage["prompt_tokens"] + usage["completion_tokens"] - 1
+    assert_counts_are_exact(stack, client)
+
+
+def test_demo_load(stack: Stack, client: Client) -> None:
+    load = ["--rate", "4", "--duration", "3s", "--period", "1s", "--prompt-characters", "200", "--max-tokens", "4"]
+    done = subprocess.run(
+        [str(LLEP), "demo", "load", "--api", stack.api, *load, "-o", "json"], capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    sent = json.loads(done.stdout)
+    assert sent["answered"] == sent["sent"] > 3
+    client.tokens += sent["tokens"] - sent["answered"]  # a request's last token is not fed back
     assert_counts_are_exact(stack, client)
 
 
