@@ -1,9 +1,10 @@
 """What lending gains in real vLLM on this machine's CPU: two ranks, one core each, plans switched live in one engine.
 
 Skewed: tiny gpt-oss, hidden 1024, ~93% of the pairs on one of two ranks; planner `home` against lending, in turn.
-Balanced: the same without hot experts; mode `off` against lending, in turn. Prints and appends one JSON line a case.
+Balanced: the same without hot experts; mode `off` against lending, in turn. Skewed-dp: as skewed, but data-parallel,
+under `llep serve`, with one prompt for each rank. Prints and appends one JSON line a case.
 
-    python -m bench.serving [skewed balanced] [--repeats 7] [--append]
+    python -m bench.serving [skewed balanced skewed-dp] [--repeats 7] [--append]
 """
 
 from __future__ import annotations
@@ -14,16 +15,22 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from bench.record import add_record
 from llep.messages import PROTOCOL, Directive, Report, decode_report, encode
 from llep.tiny_models import write_tiny_model
+from tests.e2e.stack import DP_EP, Stack
 
 PROMPT_TOKENS = 4096
 VOCABULARY = 2048
+TOP_K = 4
 EXTENSION = "llep.vllm_plugin.worker.WorkerExtension"
 CASES: dict[str, dict[str, Any]] = {
     "skewed": {
@@ -32,6 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
         "after": {},
     },
     "balanced": {"model": {}, "before": {"mode": "off"}, "after": {}},
+    "skewed-dp": {
+        "model": {"hot": tuple(range(8)), "hot_share": 0.93},
+        "before": {"planner": "home"},
+        "after": {"planner": "quota"},
+    },
 }
 
 
@@ -98,9 +110,67 @@ def _loads(before: Report, after: Report) -> dict[str, float]:
     return {"routed_share": float(routed.max() / total), "computed_share": float(computed.max() / total)}
 
 
+class DataParallelEngine:
+    """`llep serve` with two data-parallel ranks, asked over HTTP."""
+
+    def __init__(self, stack: Stack, layers: int) -> None:
+        self._stack, self._layers = stack, layers
+        stack.wait_until_serving()
+
+    def switch(self, settings: dict[str, Any]) -> None:
+        self._stack.patch(**settings)
+
+    def prefill(self, *prompts: list[int]) -> dict[str, float]:
+        """One prefill of all prompts at once: its seconds, and those in MoE layers on the slowest rank."""
+        counts = [self._counts()]
+        start = time.perf_counter()
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            list(pool.map(self._complete, prompts))
+        seconds = time.perf_counter() - start
+        tokens = self._layers * TOP_K * sum(map(len, prompts))
+        self._stack.wait_for(lambda: sum(self._counts()["routed"]) >= sum(counts[0]["routed"]) + tokens, 30)
+        counts.append(self._counts())
+        spent = {key: [b - a for a, b in zip(counts[0][key], counts[1][key], strict=True)] for key in counts[0]}
+        total = max(sum(spent["routed"]), 1)
+        return {
+            "prefill_s": seconds,
+            "moe_s": max(spent["layer_seconds"]),
+            "routed_share": max(spent["routed"]) / total,
+            "computed_share": max(spent["computed"]) / total,
+        }
+
+    def _complete(self, prompt: list[int]) -> None:
+        body = {"model": "model", "prompt": prompt, "max_tokens": 1, "temperature": 0}
+        httpx.post(f"{self._stack.api}/v1/completions", json=body, timeout=300).raise_for_status()
+
+    def _counts(self) -> dict[str, list[float]]:
+        names = {
+            "routed": "llep_rank_routed_tokens_total",
+            "computed": "llep_rank_computed_tokens_total",
+            "layer_seconds": "llep_layer_seconds_total",
+        }
+        metrics = self._stack.metrics()
+        return {key: [metrics[name][("ep_rank", str(rank)),] for rank in range(2)] for key, name in names.items()}
+
+
+@contextmanager
+def start_engine(
+    case: str, model: Path, folder: Path, layers: int, eager: bool
+) -> Iterator[Engine | DataParallelEngine]:
+    if case.endswith("-dp"):
+        limits = ("--max-model-len", str(PROMPT_TOKENS + 16), "--max-num-batched-tokens", str(PROMPT_TOKENS))
+        flags = ("--dtype", "float32", "--no-enable-prefix-caching", *(["--enforce-eager"] if eager else []))
+        with Stack(model, folder, *DP_EP, *limits, *flags, LLEP_REPORT_INTERVAL_S="0.1") as stack:
+            yield DataParallelEngine(stack, layers)
+    else:
+        engine = Engine(model, eager)
+        yield engine
+        engine.close()
+
+
 def run(case: str, repeats: int, layers: int, eager: bool) -> dict[str, Any]:
     setup = CASES[case]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         model = write_tiny_model(
             "gpt-oss",
             Path(folder) / "model",
@@ -108,23 +178,30 @@ def run(case: str, repeats: int, layers: int, eager: bool) -> dict[str, Any]:
             hidden=1024,
             intermediate=1024,
             experts=16,
-            top_k=4,
+            top_k=TOP_K,
             vocab=VOCABULARY,
             **setup["model"],
         )
-        engine = Engine(model.directory, eager)
-        rng = random.Random(0)
-        runs: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
-        for repeat in range(repeats + 1):
-            prompt = [rng.randrange(300, VOCABULARY - 200) for _ in range(PROMPT_TOKENS)]
-            for name in ("before", "after") if repeat % 2 else ("after", "before"):
-                engine.switch(setup[name])
-                engine.prefill(prompt[:8])  # the switch happens at a step's beginning; this is that step
-                measured = engine.prefill(prompt)
-                if repeat:  # the first round warms up
-                    runs[name].append(measured)
-        engine.close()
+        with start_engine(case, model.directory, Path(folder), layers, eager) as engine:
+            runs = measure(engine, setup, repeats, 2 if case.endswith("-dp") else 1)
     return {"case": case, "layers": layers, "repeats": repeats, "eager": eager, **_summary(runs, setup)}
+
+
+def measure(
+    engine: Engine | DataParallelEngine, setup: dict[str, Any], repeats: int, num_prompts: int
+) -> dict[str, list[dict[str, float]]]:
+    """What each of the two settings gave, in turn."""
+    rng = random.Random(0)
+    runs: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
+    for repeat in range(repeats + 1):
+        prompts = [[rng.randrange(300, VOCABULARY - 200) for _ in range(PROMPT_TOKENS)] for _ in range(num_prompts)]
+        for name in ("before", "after") if repeat % 2 else ("after", "before"):
+            engine.switch(setup[name])
+            engine.prefill(prompts[0][:8])  # the switch happens at a step's beginning; this is that step
+            measured = engine.prefill(*prompts)
+            if repeat:  # the first round warms up
+                runs[name].append(measured)
+    return runs
 
 
 def _summary(runs: dict[str, list[dict[str, float]]], setup: dict[str, Any]) -> dict[str, Any]:
