@@ -9,6 +9,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE requirements.lock ./
 COPY llep llep
 COPY server server
+COPY k8s k8s
 # The packages that it needs, at the versions that the tests ran with.
 RUN python3 -m venv /opt/llep \
     && grep -E '^[A-Za-z0-9_.-]+==' requirements.lock | grep -v '+cpu$' > /tmp/pins \

@@ -13,6 +13,7 @@ RUN python3 -m venv /opt/llep && /opt/llep/bin/pip install --no-cache-dir --no-d
 COPY pyproject.toml README.md LICENSE ./
 COPY llep llep
 COPY server server
+COPY k8s k8s
 RUN /opt/llep/bin/pip install --no-cache-dir --no-deps --no-build-isolation . \
     && /opt/llep/bin/llep model tiny gpt-oss /models/tiny-gpt-oss --hot 0-7 --hot-share 0.85
 

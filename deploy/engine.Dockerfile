@@ -12,6 +12,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY llep llep
 COPY server server
+COPY k8s k8s
 # What the image has stays as it is: torch and vLLM above all.
 RUN python3 -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+==' > /tmp/pins \
     && python3 -m pip install --no-cache-dir --constraint /tmp/pins '.[scheduler,planning]' \

@@ -9,12 +9,17 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+import llep
 from llep.cli.output import ExitCode, fail
 from llep.monitoring.dashboards import dashboards as make_dashboards
-from llep.monitoring.rules import RUNBOOK
+from llep.monitoring.rules import RUNBOOK, prometheus_rule
 from llep.monitoring.rules import rules as make_rules
 
 MADE_BY = "# Made by `llep export rules`: change llep/monitoring/rules.py, not this file.\n"
+
+# In a wheel, and in a checkout.
+PACKAGE = Path(llep.__file__).parent
+MANIFESTS = (PACKAGE / "packaged" / "k8s", PACKAGE.parent / "k8s")
 
 export_app = typer.Typer(help="Write dashboards, rules or manifests, as packaged.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Argument(help="Folder to write to; made if need be. Files of these names are replaced.")]
@@ -36,9 +41,23 @@ def rules(
     runbook: Annotated[
         str, typer.Option(help="Where docs/runbook.md can be read: the beginning of alerts' links.")
     ] = RUNBOOK,
+    operator: Annotated[bool, typer.Option("--operator", help="As a PrometheusRule, for the operator.")] = False,
 ) -> None:
-    """Recording rules and alerts, as a rules file of Prometheus."""
-    _write(folder, {"llep.yaml": rules_text(make_rules(runbook))})
+    """Recording rules and alerts, as a rules file of Prometheus or an object for its operator."""
+    if operator:
+        _write(folder, {"rules.yaml": rules_text(prometheus_rule(runbook))})
+    else:
+        _write(folder, {"llep.yaml": rules_text(make_rules(runbook))})
+
+
+@export_app.command()
+def k8s(folder: Folder) -> None:
+    """Manifests for Kubernetes, with all they are made of: `kubectl apply -k DIR/overlays/...`."""
+    source = next((place for place in MANIFESTS if place.is_dir()), None)
+    if source is None:
+        raise typer.Exit(fail(f"this llep was installed without its manifests: they are in none of {MANIFESTS}"))
+    files = (path for path in sorted(source.rglob("*")) if path.is_file())
+    _write(folder, {str(path.relative_to(source)): path.read_text() for path in files})
 
 
 def dashboard_text(content: dict[str, Any]) -> str:

@@ -103,7 +103,7 @@ def _environment(role: Role, ip: str, port: int, environ: Mapping[str, str]) -> 
 def _token_file(role: Role, environment: Mapping[str, str]) -> Path | None:
     """Where Ray's token is, which a head writes if nobody has; None if the token comes otherwise or none is wanted."""
     path = Path(environment.get("RAY_AUTH_TOKEN_PATH", ""))
-    if environment["RAY_AUTH_MODE"] != "token" or not path.name:
+    if environment["RAY_AUTH_MODE"] != "token" or environment.get("RAY_AUTH_TOKEN") or not path.name:
         return None
     if role is Role.HEAD and not path.exists():
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "w") as file:
