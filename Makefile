@@ -23,7 +23,7 @@ serve: $(READY) $(if $(filter $(TINY) $(NATURAL),$(MODEL)),$(MODEL)/config.json)
 	@exec $(BIN)/llep serve $(MODEL) $(FLAGS)
 
 test: check tools
-	$(BIN)/python -m pytest tests/dist tests/scheduler tests/server tests/ops tests/vllm tests/e2e
+	$(BIN)/python -m pytest tests/dist tests/gpu tests/scheduler tests/server tests/ops tests/vllm tests/e2e
 
 check: lint types unit
 

@@ -19,7 +19,6 @@ import torch
 from llep.errors import LlepError
 from llep.moe.dispatch import Dispatch, Index, Rows, Shares
 from llep.moe.slots import LendingPool
-from llep.moe.transport import PendingLends, Transport
 from llep.moe.workspace import Workspace
 from llep.plan import Plan
 
@@ -54,6 +53,45 @@ class BadBatch(LlepError, ValueError):
     """A batch that this layer can't compute, on this rank or on another: nobody computes it."""
 
     code = "bad_batch"
+
+
+class Waits(Protocol):
+    """Something under way."""
+
+    def wait(self) -> object: ...
+
+
+class RowsUnderWay(Protocol):
+    """Rows on their way here; `wait` returns them."""
+
+    def wait(self) -> torch.Tensor: ...
+
+
+class Group(Protocol):
+    """One rank's end of its EP group: llep.moe.transport.Transport, or llep.moe.virtual's for tests."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def where(self) -> str: ...
+
+    def gather(self, row: torch.Tensor, what: str) -> torch.Tensor: ...
+    def broadcast(self, tensor: torch.Tensor, what: str) -> None: ...
+    def add_up(self, tensor: torch.Tensor, what: str) -> None: ...
+    def exchange(
+        self, rows: torch.Tensor, send_counts: list[int], receive_counts: list[int], into: torch.Tensor | None = None
+    ) -> RowsUnderWay: ...
+    def start_lends(
+        self,
+        plan: Plan,
+        weights: Mapping[str, torch.Tensor],
+        local_ids: Sequence[int],
+        pool: Mapping[str, torch.Tensor],
+    ) -> Waits: ...
 
 
 @dataclass(slots=True)
@@ -91,7 +129,7 @@ class LeastLoadedMoE:
     def __init__(
         self,
         experts: Experts,
-        transport: Transport,
+        transport: Group,
         pool: LendingPool,
         home_rank: Sequence[int],
         local_ids: Sequence[int],
@@ -165,7 +203,7 @@ class LeastLoadedMoE:
         return LayerResult(output_TH, plan, counts_RE, times)
 
     def _compute_block(
-        self, output_TH: torch.Tensor, held: _Held, parts: Dispatch, lends: PendingLends, times: PhaseTimes
+        self, output_TH: torch.Tensor, held: _Held, parts: Dispatch, lends: Waits, times: PhaseTimes
     ) -> None:
         """Add to output_TH what all ranks compute of one block of this rank's tokens, and do this rank's part."""
         exchange, buffers = self.transport.exchange, self.workspace.buffers(output_TH)
@@ -288,7 +326,7 @@ class LeastLoadedMoE:
             return f"ids_TK is {ids_TK.dtype}: it must be an integer type"
         return ""
 
-    def _lend(self, plan: Plan) -> PendingLends:
+    def _lend(self, plan: Plan) -> Waits:
         return self.transport.start_lends(plan, self.experts.weights, self.local_ids, self.pool.tensors)
 
 

@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from llep.config import Mode, Planner, Settings
 from llep.moe.layer import BadBatch, LeastLoadedMoE
-from llep.moe.slots import LendingPool
 from llep.moe.swiglu import SwigluExperts
 from llep.moe.transport import BLAME_WITHIN_S, PeerLost, Transport
 from llep.moe.verify import is_sampled, verify
@@ -26,53 +24,16 @@ from llep.placement import Placement
 from llep.plan import check_plan
 from llep.planning.policy import Step, decide
 from tests.dist.ranks import start_ranks
+from tests.layers import HIDDEN, LARGE, TOP_K, make_layer_on, reference, routed_tokens
 
-HIDDEN, INTERMEDIATE, TOP_K = 32, 48, 2
 RunRanks = Callable[..., list[Any]]
-
-
-def all_weights(num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    gate_up = torch.randn(num_experts, 2 * INTERMEDIATE, HIDDEN, generator=generator) / HIDDEN**0.5
-    down = torch.randn(num_experts, HIDDEN, INTERMEDIATE, generator=generator) / INTERMEDIATE**0.5
-    return gate_up, down
-
-
-def routed_tokens(
-    rng: np.random.Generator, tokens: int, num_experts: int, hot_experts: list[int], hot_share: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """hidden [T, H], gates [T, K], distinct expert ids [T, K], of which hot_share favour hot_experts."""
-    scores = rng.random((tokens, num_experts))
-    scores[:, hot_experts] += rng.random((tokens, 1)) < hot_share
-    ids = torch.from_numpy(np.argsort(-scores, axis=1)[:, :TOP_K].copy()).to(torch.int32)
-    gates = torch.from_numpy(rng.random((tokens, TOP_K), dtype=np.float32))
-    return torch.from_numpy(rng.standard_normal((tokens, HIDDEN), dtype=np.float32)), gates, ids
-
-
-def reference(hidden: torch.Tensor, gates: torch.Tensor, ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    gate_up, down = all_weights(num_experts)
-    output = torch.zeros_like(hidden)
-    for k in range(ids.shape[1]):
-        for expert in range(num_experts):
-            rows = (ids[:, k] == expert).nonzero()[:, 0]
-            gate, up = (hidden[rows] @ gate_up[expert].T).chunk(2, dim=-1)
-            output[rows] += gates[rows, k, None] * ((F.silu(gate) * up) @ down[expert].T)
-    return output
-
-
-LARGE = Workspace(chunk_rows=4096, wire_rows=4096)
 
 
 def make_layer(
     rank: int, size: int, num_experts: int, home_rank: tuple[int, ...], slots: int, workspace: Workspace = LARGE
 ) -> LeastLoadedMoE:
-    mine = [expert for expert in range(num_experts) if home_rank[expert] == rank]
-    gate_up, down = all_weights(num_experts)
-    experts = SwigluExperts(gate_up[mine].clone(), down[mine].clone())
-    pool = LendingPool.reserve(experts.weights, slots)
-    local_ids = [sum(home_rank[other] == home_rank[expert] for other in range(expert)) for expert in range(num_experts)]
     transport = Transport(range(size), torch.device("cpu"), watchdog_s=30)
-    return LeastLoadedMoE(experts, transport, pool, home_rank, local_ids, workspace)
+    return make_layer_on(transport, home_rank, slots, workspace)
 
 
 def tokens_in_step(rng: np.random.Generator, rank: int, step: int) -> int:
