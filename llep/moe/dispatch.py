@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,7 +80,7 @@ class Dispatch:
     rows_from: list[int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Shares:
     """How a plan's segments fall on the sources' blocks.
 
@@ -103,21 +104,37 @@ class Shares:
         tokens_Q = counts_QE.sum(axis=1) // top_k
         return cls(plan, counts_QE, low_SQ - starts_SQ, np.maximum(high_SQ - low_SQ, 0), tokens_Q)
 
+    @cached_property
+    def by_rank_S(self) -> Index:
+        """Segments sorted by rank, and by number within a rank."""
+        order_S: Index = np.argsort(self.plan.segments_S4[:, 1], kind="stable")
+        return order_S
+
+    @cached_property
+    def starts_R(self) -> Index:
+        """Where each rank's segments begin in by_rank_S, and at the end where all end: [R + 1]."""
+        ranks_S = self.plan.segments_S4[self.by_rank_S, 1]
+        return np.searchsorted(ranks_S, np.arange(self.plan.placement.ep_size + 1))
+
+    @cached_property
     def pairs_RQ(self) -> Index:
         """Pairs that each rank computes of each source's block."""
-        found_RQ = np.zeros((self.plan.placement.ep_size, len(self.tokens_Q)), dtype=np.int64)
-        np.add.at(found_RQ, self.plan.segments_S4[:, 1], self.lengths_SQ)
-        return found_RQ
+        sums_SQ = np.zeros((len(self.lengths_SQ) + 1, len(self.tokens_Q)), dtype=np.int64)
+        np.cumsum(self.lengths_SQ[self.by_rank_S], axis=0, out=sums_SQ[1:])
+        return np.diff(sums_SQ[self.starts_R], axis=0)
+
+    def segments_of(self, rank: int) -> Index:
+        return self.by_rank_S[self.starts_R[rank] : self.starts_R[rank + 1]]
 
     def most_rows(self) -> int:
         """The most token rows that any rank sends, or receives, if there is one block for each source."""
-        rows_RR = np.minimum(self.pairs_RQ(), self.tokens_Q)
+        rows_RR = np.minimum(self.pairs_RQ, self.tokens_Q)
         np.fill_diagonal(rows_RR, 0)
         return int(max(rows_RR.sum(axis=0).max(initial=0), rows_RR.sum(axis=1).max(initial=0)))
 
     def own(self, rank: int, q: int, local_ids: Sequence[int]) -> Banks:
         """What `rank` computes of the pairs of source block q, which it holds."""
-        mine = np.flatnonzero(self.plan.segments_S4[:, 1] == rank)
+        mine = self.segments_of(rank)
         experts = self.plan.segments_S4[mine, 0]
         offsets_E = np.cumsum(self.counts_QE[q]) - self.counts_QE[q]
         starts = offsets_E[experts] + self.starts_SQ[mine, q]
@@ -129,7 +146,7 @@ class Shares:
         blocks = len(self.tokens_Q) // ep_size
         at_R = np.arange(ep_size) * blocks + block
         others_R = np.arange(ep_size) != rank
-        pairs_RR = self.pairs_RQ()[:, at_R]
+        pairs_RR = self.pairs_RQ[:, at_R]
         pairs_to, pairs_from = pairs_RR[:, rank] * others_R, pairs_RR[rank] * others_R
         return Dispatch(
             own=self.own(rank, int(at_R[rank]), local_ids),
@@ -142,14 +159,13 @@ class Shares:
         )
 
     def _send_order(self, rank: int, q: int) -> Index:
-        experts_S, ranks_S = self.plan.segments_S4[:, 0], self.plan.segments_S4[:, 1]
         offsets_E = np.cumsum(self.counts_QE[q]) - self.counts_QE[q]
-        away = np.flatnonzero(ranks_S != rank)
-        away = away[np.argsort(ranks_S[away], kind="stable")]
-        return ranges(offsets_E[experts_S[away]] + self.starts_SQ[away, q], self.lengths_SQ[away, q])
+        away = np.concatenate((self.by_rank_S[: self.starts_R[rank]], self.by_rank_S[self.starts_R[rank + 1] :]))
+        experts = self.plan.segments_S4[away, 0]
+        return ranges(offsets_E[experts] + self.starts_SQ[away, q], self.lengths_SQ[away, q])
 
     def _arrived(self, rank: int, sources_q: Index, local_ids: Sequence[int]) -> Banks:
-        mine = np.flatnonzero(self.plan.segments_S4[:, 1] == rank)
+        mine = self.segments_of(rank)
         lengths = self.lengths_SQ[np.ix_(mine, sources_q)].T.reshape(-1)
         experts = np.tile(self.plan.segments_S4[mine, 0], len(sources_q))
         return _by_bank(self.plan, rank, local_ids, experts, np.cumsum(lengths) - lengths, lengths)
@@ -173,9 +189,14 @@ def slots_of(plan: Plan, rank: int) -> dict[int, int]:
 def _by_bank(plan: Plan, rank: int, local_ids: Sequence[int], experts: Index, starts: Index, lengths: Index) -> Banks:
     """Runs [start, start + length) of pairs at hand, each of one expert, as rows by the bank that `rank` has it in."""
     slots = slots_of(plan, rank)
-    is_lent = np.array([int(e) in slots for e in experts], dtype=bool)
-    rows = np.array([slots.get(int(e), local_ids[int(e)]) for e in experts], dtype=np.int64)
-    return Banks(*(_rows(rows[bank], starts[bank], lengths[bank]) for bank in (~is_lent, is_lent)))
+    rows = np.asarray(local_ids, dtype=np.int64)[experts]
+    if not slots:
+        return Banks(_rows(rows, starts, lengths), _rows(rows[:0], starts[:0], lengths[:0]))
+    slot_E = np.full(plan.placement.num_experts, -1, dtype=np.int64)
+    slot_E[list(slots)] = list(slots.values())
+    is_lent = slot_E[experts] >= 0
+    lent = _rows(slot_E[experts[is_lent]], starts[is_lent], lengths[is_lent])
+    return Banks(_rows(rows[~is_lent], starts[~is_lent], lengths[~is_lent]), lent)
 
 
 def _rows(experts: Index, starts: Index, lengths: Index) -> Rows:

@@ -103,7 +103,7 @@ def test_shares_of_segments_add_up_to_the_segments(case: tuple[Plan, Counts, lis
     plan, counts_RBE, _ = case
     shares = Shares.of(plan, counts_RBE.reshape(-1, counts_RBE.shape[-1]), top_k=1)
     assert shares.lengths_SQ.sum(axis=1).tolist() == [segment.stop - segment.start for segment in plan.segments]
-    rows = shares.pairs_RQ().reshape(len(counts_RBE), *counts_RBE.shape[:2]).sum(axis=2)
+    rows = shares.pairs_RQ.reshape(len(counts_RBE), *counts_RBE.shape[:2]).sum(axis=2)
     np.fill_diagonal(rows, 0)
     one = Shares.of(plan, counts_RBE.sum(axis=1), top_k=1)
     assert one.most_rows() == max(rows.sum(axis=0).max(initial=0), rows.sum(axis=1).max(initial=0))
