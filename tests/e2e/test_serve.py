@@ -14,9 +14,13 @@ from typing import Any
 import httpx
 import pytest
 
+from llep.monitoring.dashboards import dashboards
+from llep.monitoring.rules import rules
 from tests.e2e.client import PROBE, Client, assert_counts_are_exact, by_rank, is_all_counted, prompts
 from tests.e2e.processes import Process, kill_all
 from tests.e2e.stack import EAGER_TO_LEND, LAYERS, LLEP, TOP_K, TP_EP, VLLM, Stack, Traffic
+from tests.ops.prometheus import prometheus
+from tests.ops.queries import panel_queries
 
 pytestmark = pytest.mark.e2e
 
@@ -182,6 +186,24 @@ def test_printed_commands_work(stack: Stack, client: Client) -> None:
     usage = completion["usage"]
     client.tokens += usage["prompt_tokens"] + usage["completion_tokens"] - 1
     assert_counts_are_exact(stack, client)
+
+
+def test_every_panel_of_the_dashboard_has_data(stack: Stack, client: Client, tmp_path: Path) -> None:
+    """Every query of the dashboard, asked of a Prometheus that watches this engine under load."""
+    stack.patch(metrics_level="layer_rank")
+    targets = {"llep": stack.control_plane, "vllm": stack.api}
+    hosts = {job: url.removeprefix("http://") for job, url in targets.items()}
+    words_left = iter(prompts(400, words=40, seed=5))
+    with prometheus(tmp_path, hosts, rules()) as watcher:
+        with Traffic(lambda: client.complete(next(words_left), max_tokens=4)) as traffic:
+            for query in panel_queries(dashboards()["llep-overview.json"]):
+                stack.wait_for(lambda query=query: watcher.has_data(query.expr), 60)
+        assert not traffic.failures
+        stack.wait_for(lambda: is_all_counted(stack, client), 30)
+        time.sleep(2.0)  # until it has been scraped again
+        assert watcher.value("sum(llep_rank_computed_tokens_total)") == client.tokens * TOP_K * LAYERS
+        assert watcher.value("llep_tokens_total") == client.tokens
+    stack.patch(metrics_level=None)
 
 
 def test_demo_load(stack: Stack, client: Client) -> None:
