@@ -138,7 +138,7 @@ class Settings(BaseModel):
     )
     slots_per_rank: int = _cold(4, "slots of the lending pool on each rank, shared by all layers", ge=0, le=4096)
     memory_budget_bytes: int = _cold(
-        0, "bytes per rank for the lending pool; 0 takes slots_per_rank, else the slots are what fits", ge=0
+        0, "bytes per rank for pool and workspace, slots are what fits; 0 takes slots_per_rank", ge=0
     )
 
     @classmethod

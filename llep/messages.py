@@ -118,7 +118,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     phase_seconds: dict[str, Histogram]  # LAYER_PHASES, SECONDS_BUCKETS
     layer_seconds: float  # wall time inside MoE layers
     memory_budget_bytes: int  # reserved for llep on this rank
-    memory_used_bytes: int  # slots in use in the last lending step
+    memory_used_bytes: int  # workspace, and slots in use in the last lending step
     memory_peak_bytes: int
     errors: dict[str, int]  # 'component/type' -> count
     group: GroupLoads | None  # rank 0 only

@@ -58,6 +58,10 @@ class Workspace:
             self._buffers[key] = Buffers(*(hidden_TH.new_zeros((size, hidden_TH.shape[1])) for size in sizes))
         return self._buffers[key]
 
+    def bytes_for(self, hidden: int, dtype: torch.dtype) -> int:
+        """What rows of that width and type need."""
+        return (self.chunk_rows + 3 * self.wire_rows) * hidden * dtype.itemsize
+
     @property
     def bytes(self) -> int:
         """Reserved so far."""

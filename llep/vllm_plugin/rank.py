@@ -112,7 +112,9 @@ class Rank:
     def add_layer(self, layer_name: str, routed_experts: Any) -> RankLayer:
         """Take in one layer whose weights are loaded and in their final form; every rank enters it, in layer order."""
         experts = VllmExperts(routed_experts)
-        pool = self._pool_for(experts.weights)
+        workspace = self._workspace_for(experts)
+        model = self.config.model_config
+        pool = self._pool_for(experts.weights, workspace.bytes_for(model.get_hidden_size(), model.dtype))
         experts.prepare_pool(pool.tensors)
         home_rank, local_ids = self._home_of_experts(experts)
         layer = RankLayer(
@@ -121,7 +123,7 @@ class Rank:
             experts=experts,
             placement=Placement(home_rank, (pool.slots,) * self._transport.size),
             local_ids=local_ids,
-            moe=LeastLoadedMoE(experts, self._transport, pool, home_rank, local_ids, self._workspace_for(experts)),
+            moe=LeastLoadedMoE(experts, self._transport, pool, home_rank, local_ids, workspace),
             bytes_per_expert=bytes_per_expert(experts.weights),
         )
         self.layers.append(layer)
@@ -129,7 +131,7 @@ class Rank:
             self._start_reporting()
         return layer
 
-    def _pool_for(self, weights: Mapping[str, torch.Tensor]) -> LendingPool:
+    def _pool_for(self, weights: Mapping[str, torch.Tensor], workspace_bytes: int) -> LendingPool:
         """The pool for experts of this shape: one for all layers that have it."""
         shape = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in weights.items())
         if shape not in self._pools:
@@ -137,7 +139,9 @@ class Rank:
             slots = settings.slots_per_rank
             if self._sources["slots_per_rank"] == "default":
                 slots = min(slots, len(next(iter(weights.values()))))
-            pool = LendingPool.reserve(weights, slots, settings.memory_budget_bytes, self._available_bytes())
+            pool = LendingPool.reserve(
+                weights, slots, settings.memory_budget_bytes, self._available_bytes(), workspace_bytes
+            )
             self._pools[shape] = pool
             logger.info(
                 "llep: lending pool reserved: %d bytes per rank (%d slots of %d bytes), shared by all layers of this "
@@ -386,6 +390,7 @@ class Rank:
         self._report_seq += 1
         agreed = self.agreed
         per_slot = self._info.bytes_per_slot
+        workspace_bytes = sum(workspace.bytes for workspace in self._workspaces.values())
         with window.lock:
             return Report(
                 protocol=PROTOCOL,
@@ -405,9 +410,9 @@ class Rank:
                 last_apply_error=agreed.last_error,
                 phase_seconds=window.phase_seconds(),
                 layer_seconds=window.layer_seconds,
-                memory_budget_bytes=sum(pool.bytes for pool in self._pools.values()),
-                memory_used_bytes=window.slots_used * per_slot,
-                memory_peak_bytes=window.slots_peak * per_slot,
+                memory_budget_bytes=sum(pool.bytes for pool in self._pools.values()) + workspace_bytes,
+                memory_used_bytes=window.slots_used * per_slot + workspace_bytes,
+                memory_peak_bytes=window.slots_peak * per_slot + workspace_bytes,
                 errors=dict(window.errors),
                 group=window.group_loads() if self._transport.rank == 0 else None,
             )

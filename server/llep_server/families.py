@@ -336,7 +336,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "llep_memory_used_bytes",
         GaugeMetricFamily,
-        "Bytes of slots in use in the last step that lent.",
+        "Bytes of workspace, and of slots in use in the last step that lent.",
         ("ep_rank",),
         Level.RANK,
         _each_rank("memory_used_bytes"),
@@ -344,7 +344,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "llep_memory_peak_bytes",
         GaugeMetricFamily,
-        "Most bytes of slots in use in any step since start.",
+        "Bytes of workspace, and most of slots in use in any step since start.",
         ("ep_rank",),
         Level.RANK,
         _each_rank("memory_peak_bytes"),
