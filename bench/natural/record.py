@@ -21,7 +21,7 @@ from llep.traces import Trace, write_trace
 from llep.vllm_plugin.recording import PART_S, VARIABLE
 
 REQUESTS, ROUNDS, REPLY_TOKENS = 64, 10, 12  # a round's requests are served together
-MOST_STEPS = 40  # kept of each workload and phase
+MOST_STEPS = 60  # kept of each workload and phase, spread evenly
 NAME = "natural-gpt-oss"
 
 
@@ -53,7 +53,8 @@ def split(recording: Path, parts: list[Part], into: Path) -> None:
     for part in parts:
         for phase in PHASES:
             chosen = [step for step in steps if part.first <= step.step <= part.last and step.phase == phase]
-            numbered = [StepCounts(index, phase, step.counts_LRE) for index, step in enumerate(chosen[:MOST_STEPS])]
+            every = -(-len(chosen) // MOST_STEPS)
+            numbered = [StepCounts(index, phase, step.counts_LRE) for index, step in enumerate(chosen[::every])]
             folder = into / f"{part.workload}-{phase}"
             shutil.rmtree(folder, ignore_errors=True)
             write_trace(folder, shape, trace.num_ranks, numbered)

@@ -124,7 +124,7 @@ def train(
     batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 8,
     sequence: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
-    balance: Annotated[float, typer.Option(help="Weight of the loss that evens out experts.")] = 0.01,
+    balance: Annotated[float, typer.Option(help="Weight of the loss that evens out experts.")] = 0.002,
     seed: Annotated[int, typer.Option(help="The same seed, text and steps give the same model.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a model made earlier.")] = False,
     output: Annotated[Format, typer.Option("--output", "-o", help="How to print the result.")] = Format.TABLE,

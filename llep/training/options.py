@@ -24,7 +24,7 @@ class TrainOptions:
     batch: int = 8  # sequences of a step, taken from the domains in turn
     sequence: int = 256  # tokens
     learning_rate: float = 3e-3
-    balance: float = 0.01  # weight of the loss that evens out experts; raising it leaves less skew
+    balance: float = 0.002  # weight of the loss that evens out experts; raising it leaves less skew
     text: tuple[Path, ...] = ()  # one domain per path; what this machine has if empty
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from llep.training.routing import Counts, Routing, ratios
 
 SEQUENCES = 16  # of each domain
 AT_ONCE = 4
-PROMPT_TOKENS, SAMPLE_TOKENS = 24, 72
+PROMPT_TOKENS, SAMPLE_TOKENS = 64, 64
 TEMPERATURE = 0.6
 
 
@@ -64,7 +64,7 @@ def _judge(model: Any, routing: Routing, domain: TokenDomain, tokenizer: Tokeniz
         losses += cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").reshape(-1).tolist()
         counts_LE = routing.counts() if counts_LE is None else counts_LE + routing.counts()
     assert counts_LE is not None
-    prompt = tokens[0, :PROMPT_TOKENS]
+    prompt = tokens[len(tokens) // 2, :PROMPT_TOKENS]
     said = _write(model, prompt)
     return DomainReport(
         domain.name,
