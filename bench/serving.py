@@ -88,7 +88,7 @@ class Engine:
         """Serve the prompts together, each with a reply of so many tokens, sampled."""
         from vllm import SamplingParams
 
-        sampling = SamplingParams(temperature=1.0, seed=0, max_tokens=max_tokens, ignore_eos=True)
+        sampling = SamplingParams(temperature=1.0, max_tokens=max_tokens, ignore_eos=True)
         self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
 
     def prefill(self, *prompts: list[int]) -> dict[str, float]:
