@@ -49,6 +49,13 @@ class Phases(StrEnum):
     BOTH = "both"
 
 
+class LendScope(StrEnum):
+    """node: weights are lent within a node only."""
+
+    ANY = "any"
+    NODE = "node"
+
+
 class MetricsLevel(StrEnum):
     OFF = "off"
     RANK = "rank"
@@ -129,12 +136,16 @@ class Settings(BaseModel):
     max_lend_bytes_per_layer: int = _hot(
         0, "most bytes of weights lent in one layer of one step over all ranks; 0 is no limit", ge=0
     )
+    lend_scope: LendScope = _hot(LendScope.ANY, "any, or node: lend weights within a node only, never over the network")
     report_interval_s: float = _hot(1.0, "seconds between a worker's reports", ge=0.1, le=300)
     watchdog_s: int = _hot(60, "seconds a rank waits for the others before it stops loudly", ge=5, le=3600)
     metrics_level: MetricsLevel = _hot(MetricsLevel.RANK, "detail of /metrics: off, rank, layer or layer_rank")
     metrics_max_series: int = _hot(5000, "series per engine above which /metrics drops a level", ge=100, le=200_000)
     verify_sample_ratio: float = _hot(
         0.0, "share of steps whose lending layers are computed again by plain EP and compared", ge=0, le=1
+    )
+    cost_model: str = _cold(
+        "", "h100, h200, b200 or a file of `llep calibrate`: plans that it says don't pay are not taken; empty: all are"
     )
     slots_per_rank: int = _cold(4, "slots of the lending pool on each rank, shared by all layers", ge=0, le=4096)
     memory_budget_bytes: int = _cold(

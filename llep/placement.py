@@ -109,3 +109,16 @@ class Placement:
 def _starts(keys: npt.NDArray[np.int64], num_keys: int) -> npt.NDArray[np.int64]:
     """Where each key's run starts among the sorted keys, and where the last ends."""
     return np.concatenate(([0], np.cumsum(np.bincount(keys, minlength=num_keys)))).astype(np.int64)
+
+
+def ranks_per_node(machines: Sequence[int]) -> int | None:
+    """How many adjacent ranks share a machine, if it is as many on each; None: one machine, or no such order.
+
+    machines: a number for the machine of each rank.
+    """
+    per_node = machines.index(next((m for m in machines if m != machines[0]), machines[0])) or None
+    if per_node is None or len(machines) % per_node:
+        return None
+    nodes = [machines[first : first + per_node] for first in range(0, len(machines), per_node)]
+    is_regular = all(len(set(node)) == 1 for node in nodes) and len({node[0] for node in nodes}) == len(nodes)
+    return per_node if is_regular else None

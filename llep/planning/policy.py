@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llep.config import Mode, Phases, Settings, layer_numbers
+from llep.cost import CostModel
 from llep.placement import Placement
 from llep.plan import Decision, Plan
 from llep.planning import PlanOptions, plan_step
@@ -39,8 +40,10 @@ def decide(
     counts_RE: npt.NDArray[np.int64],
     placement: Placement,
     bytes_per_expert: int,
+    ranks_per_node: int | None = None,
+    cost_model: CostModel | None = None,
 ) -> Plan:
-    """The plan of one layer: the same on every rank that holds the same counts and settings."""
+    """The plan of one layer: the same on every rank that holds the same counts, settings and cost model."""
     reason = may_plan(settings, step, layer_number)
     if reason is not None:
         return plan_home(counts_RE.sum(axis=0).tolist(), placement, reason)
@@ -50,6 +53,9 @@ def decide(
         min_chunk_tokens=settings.min_chunk_tokens,
         bytes_per_expert=bytes_per_expert,
         max_lend_bytes=settings.max_lend_bytes_per_layer,
+        ranks_per_node=ranks_per_node,
+        lend_scope=settings.lend_scope.value,
         phase="prefill" if step.phase == "prefill" else "decode",
+        cost_model=cost_model,
     )
     return plan_step(settings.planner.value, counts_RE, placement, options)

@@ -25,17 +25,18 @@ from vllm.forward_context import ForwardContext
 
 from llep import __version__
 from llep.config import Mode, Settings, load_settings
+from llep.cost import CostModel, cost_model
 from llep.errors import UnsupportedConfiguration
 from llep.loads import home_loads, imbalance_ratio
 from llep.messages import PROTOCOL, EngineInfo, Report
-from llep.moe.agreement import HEADER_SIZE, AgreedSettings, agreed_step
+from llep.moe.agreement import HEADER_SIZE, AgreedSettings, RanksDisagree, agreed_step
 from llep.moe.layer import Counts, LayerResult, LeastLoadedMoE
 from llep.moe.slots import LendingPool, available_host_bytes, bytes_per_expert
 from llep.moe.transport import Transport
 from llep.moe.verify import is_sampled, verify
 from llep.moe.window import LoadWindow
 from llep.moe.workspace import Workspace
-from llep.placement import Placement
+from llep.placement import Placement, ranks_per_node
 from llep.plan import Decision, Plan
 from llep.planning import warm_up
 from llep.planning.home import plan_home
@@ -99,6 +100,9 @@ class Rank:
         warm_up()  # compiles the planners on a machine's first start, and takes them from the cache afterwards
         group = get_ep_group()
         self._transport = Transport(group.ranks, group.device, settings.watchdog_s)
+        self._machines = self._machine_of_ranks()
+        self._ranks_per_node = ranks_per_node(self._machines)
+        self._cost_model = self._agreed_cost_model(settings.cost_model)
         seed = torch.tensor([secrets.randbits(62)], dtype=torch.int64, device=group.device)
         self._transport.broadcast(seed, "naming of the engine's incarnation")
         self._incarnation = f"{int(seed):016x}"
@@ -170,12 +174,29 @@ class Rank:
         """
         if self._transport.device.type != "cpu":
             return None
-        machine = int.from_bytes(hashlib.blake2b(socket.gethostname().encode(), digest_size=7).digest(), "little")
-        row = torch.tensor([machine, available_host_bytes() or -1], dtype=torch.int64)
-        rows = self._transport.gather(row, "comparison of free memory").reshape(-1, 2).tolist()
-        sharing = Counter(machine for machine, _ in rows)
-        parts = [available // sharing[machine] for machine, available in rows if available >= 0]
+        row = torch.tensor([available_host_bytes() or -1], dtype=torch.int64)
+        free_R = self._transport.gather(row, "comparison of free memory").reshape(-1).tolist()
+        sharing = Counter(self._machines)
+        parts = [free // sharing[machine] for machine, free in zip(self._machines, free_R, strict=True) if free >= 0]
         return min(parts, default=None)
+
+    def _machine_of_ranks(self) -> list[int]:
+        """A number for the machine of each rank."""
+        row = torch.tensor([_digest(socket.gethostname())], dtype=torch.int64, device=self._transport.device)
+        machines: list[int] = self._transport.gather(row, "naming of machines").reshape(-1).tolist()
+        return machines
+
+    def _agreed_cost_model(self, name: str) -> CostModel | None:
+        """The cost model of that name, None for ''. Raises SettingsError, or RanksDisagree where files differ."""
+        model = cost_model(name) if name else None
+        row = torch.tensor([_digest(repr(model))], dtype=torch.int64, device=self._transport.device)
+        digests = self._transport.gather(row, "comparison of cost models").reshape(-1).tolist()
+        if len(set(digests)) > 1:
+            rank = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+            raise RanksDisagree(
+                f"cost_model={name!r} is another one on EP rank {rank} than on rank 0: give all machines the same file"
+            )
+        return model
 
     def _home_of_experts(self, experts: VllmExperts) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(home rank, row in the home rank's weights) of each expert, from what all ranks say they own."""
@@ -355,7 +376,16 @@ class Rank:
         counts_RE[: len(counts_QE)] = counts_QE
         if not self._is_trusted:
             return plan_home(counts_QE.sum(axis=0).tolist(), layer.placement, Decision.ERROR)
-        return decide(step.settings, step.step, layer.number, counts_RE, layer.placement, layer.bytes_per_expert)
+        return decide(
+            step.settings,
+            step.step,
+            layer.number,
+            counts_RE,
+            layer.placement,
+            layer.bytes_per_expert,
+            self._ranks_per_node,
+            self._cost_model,
+        )
 
     def _record(self, layer: RankLayer, step: RankStep, result: LayerResult, seconds: float) -> None:
         assert self._window is not None
@@ -416,6 +446,10 @@ class Rank:
                 errors=dict(window.errors),
                 group=window.group_loads() if self._transport.rank == 0 else None,
             )
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
 def has_scheduler() -> bool:

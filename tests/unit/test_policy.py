@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from llep.config import Settings
+from llep.cost import cost_model
 from llep.loads import home_loads, skewed_counts
 from llep.messages import IMBALANCE_BUCKETS
 from llep.moe.layer import PhaseTimes
 from llep.moe.window import LoadWindow
-from llep.placement import Placement
+from llep.placement import Placement, ranks_per_node
 from llep.plan import Decision
 from llep.planning.home import plan_home
 from llep.planning.policy import Step, decide, may_plan
@@ -35,6 +36,32 @@ PREFILL = Step("prefill", 4096)
 )
 def test_why_a_layer_is_left_alone(settings: Settings, step: Step, layer: int, reason: Decision | None) -> None:
     assert may_plan(settings, step, layer) is reason
+
+
+def test_a_plan_that_does_not_pay_is_not_taken() -> None:
+    counts = skewed_counts(2, 8, 300, hot_experts=[0, 1], hot_share=0.9, seed=0)
+    placement = Placement.linear(8, 2, slots_per_rank=4)
+    settings = Settings(min_chunk_tokens=1)
+    asked = (settings, PREFILL, 0, counts, placement, 50_000_000)
+    assert decide(*asked).decision is Decision.LEND
+    assert decide(*asked, cost_model=cost_model("h200")).decision is Decision.NO_GAIN
+
+
+def test_lends_stay_within_a_node_if_told() -> None:
+    counts = skewed_counts(4, 8, 4000, hot_experts=[0, 1], hot_share=0.9, seed=0)
+    placement = Placement.linear(8, 4, slots_per_rank=2)
+    for scope, allowed in (("any", {1, 2, 3}), ("node", {1})):
+        settings = Settings(min_chunk_tokens=1, lend_scope=scope)
+        plan = decide(settings, PREFILL, 0, counts, placement, 100, ranks_per_node=2)
+        assert {lend.dst_rank for lend in plan.lends} == allowed
+
+
+@pytest.mark.parametrize(
+    ("machines", "expected"),
+    [([5], None), ([5, 5, 5], None), ([5, 5, 7, 7], 2), ([5, 7], 1), ([5, 7, 5, 7], None), ([5, 5, 7], None)],
+)
+def test_ranks_per_node_where_machines_have_as_many(machines: list[int], expected: int | None) -> None:
+    assert ranks_per_node(machines) == expected
 
 
 def test_the_window_adds_up() -> None:
