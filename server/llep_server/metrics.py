@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
 
 from llep.config import MetricsLevel, Settings
 from llep.errors import LlepError
@@ -20,6 +19,7 @@ from llep.messages import EngineSnapshot, SchedulerSnapshot
 from llep_server.families import FAMILIES, SCHEDULER_FAMILIES, hottest
 from llep_server.samples import LEVELS, Level, Sample, ScrapedEngine, add
 from llep_server.scheduler import Scheduler
+from llep_server.text import encode
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +44,17 @@ class Exposition:
 
     async def page(self, accept: str) -> tuple[bytes, str]:
         """The text and its content type, of those that the Accept header takes."""
-        encoder, content_type = choose_encoder(accept)
+        _, content_type = choose_encoder(accept)
+        is_openmetrics = content_type.startswith("application/openmetrics-text")
         async with self._lock:
             if time.monotonic() - self._made_at >= KEEP_S:
                 self._metrics = await self._collect()
                 self._pages.clear()
                 self._made_at = time.monotonic()
             if content_type not in self._pages:
-                self._pages[content_type] = await asyncio.to_thread(encoder, Collected(self._metrics))
+                self._pages[content_type] = await asyncio.to_thread(
+                    encode, self._metrics, is_openmetrics=is_openmetrics
+                )
             return self._pages[content_type], content_type
 
     async def _collect(self) -> list[Metric]:
@@ -78,16 +81,6 @@ class Exposition:
             _scheduler_gauge("llep_scheduler_store_open", is_open),
             *metrics,
         ]
-
-
-class Collected(Collector):
-    """Families that are there already, for the encoders of prometheus_client."""
-
-    def __init__(self, metrics: Sequence[Metric]) -> None:
-        self._metrics = metrics
-
-    def collect(self) -> Iterator[Metric]:
-        return iter(self._metrics)
 
 
 class HotExperts:

@@ -12,9 +12,11 @@ import httpx
 import msgspec
 import numpy as np
 import pytest
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from prometheus_client.registry import Collector
 from reporting import BYTES_PER_SLOT, Engine
 from running import Running, start
 
@@ -24,6 +26,7 @@ from llep_server.families import FAMILIES, SCHEDULER_FAMILIES, hottest
 from llep_server.metrics import KEEP_S, HotExperts, build
 from llep_server.reference import markdown
 from llep_server.samples import ENGINE_LABELS, Level
+from llep_server.text import encode
 from tests.ops.tools import tool
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -197,6 +200,30 @@ def test_openmetrics_too(running: Running) -> None:
     assert response.headers["content-type"].startswith(OPENMETRICS)
     page = Scrape(parse_openmetrics(response.text))
     assert page.sum("llep_rank_computed_tokens_total") == 1024 * engine.top_k * len(engine.layer_numbers)
+
+
+@pytest.mark.parametrize("accept", ["", OPENMETRICS])
+def test_the_text_is_what_prometheus_client_would_write(accept: str) -> None:
+    engine = Engine(name='a"b\\c\n', start={"metrics_level": "layer_rank"}, errors={"transport/timeout": 2})
+    engine.run()
+    metrics, _ = build([HotExperts().state_of(snapshot_of(engine), now_s=0.0)])
+
+    class Collected(Collector):
+        def collect(self) -> list[Metric]:
+            return metrics
+
+    encoder, content_type = choose_encoder(accept)
+    theirs = [sorted_labels(line) for line in encoder(Collected()).decode().splitlines()]
+    ours = encode(metrics, is_openmetrics=bool(accept)).decode().splitlines()
+    assert [sorted_labels(line) for line in ours] == theirs
+    assert content_type.startswith("application/openmetrics-text") == bool(accept)
+
+
+def sorted_labels(line: str) -> str:
+    """The order of labels says nothing."""
+    name, brace, rest = line.partition("{")
+    labels, end, value = rest.rpartition("} ")
+    return name + brace + ",".join(sorted(labels.split(","))) + end + value if end else line
 
 
 def test_names_that_need_escaping(running: Running) -> None:
