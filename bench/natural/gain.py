@@ -27,7 +27,7 @@ from bench.serving import PROMPT_TOKENS as STEP_TOKENS
 from bench.serving import Engine
 from llep.messages import Report
 
-WIDTH = 1024
+WIDTH = 2048
 PROMPTS = STEP_TOKENS // PROMPT_TOKENS
 BEFORE = {"planner": "home"}
 AFTER = {"imbalance_threshold": 1.05, "min_chunk_tokens": 64, "min_batch_tokens": 256}
