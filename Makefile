@@ -17,7 +17,7 @@ FLAGS  ?= --tensor-parallel-size 2 --enable-expert-parallel --enforce-eager
 serve: export LLEP_MIN_BATCH_TOKENS ?= 16
 serve: export LLEP_MIN_CHUNK_TOKENS ?= 8
 
-.PHONY: serve test tools check lint types unit bench lock clean
+.PHONY: serve test tools check lint types unit bench soak lock clean
 
 serve: $(READY) $(if $(filter $(TINY) $(NATURAL),$(MODEL)),$(MODEL)/config.json)
 	@exec $(BIN)/llep serve $(MODEL) $(FLAGS)
@@ -37,8 +37,20 @@ types: $(READY)
 unit: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/unit
 
+# Each adds lines to bench/results: an hour on 2 quiet cores.
 bench: $(READY)
+	$(BIN)/python -m bench.planning.latency --append
+	$(BIN)/python -m bench.planning.lends --append
+	$(BIN)/python -m bench.planning.optimum --append
+	$(BIN)/python -m bench.simulate speed --append
+	$(BIN)/python -m bench.placement --append
+	$(BIN)/python -m bench.layer --sweep all --append
 	$(BIN)/python -m bench.serving --append
+
+# Long runs of what `make test` runs a short share of.
+soak: $(READY)
+	$(BIN)/python -m bench.planning.fuzz --append
+	$(BIN)/python -m bench.soak --append
 
 $(TINY)/config.json: | $(READY)
 	$(BIN)/llep model tiny gpt-oss $(TINY) --hot 0-7 --hot-share 0.85
