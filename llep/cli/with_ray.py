@@ -19,13 +19,13 @@ from typing import Annotated
 import typer
 
 from llep.cli.supervise import Child, StopRequested, StopSignals
-from llep.errors import UnsupportedConfiguration
+from llep.errors import LlepError, UnsupportedConfiguration
 from llep.scheduler.client import SCHEDULER_RESOURCE, check_address
 
 PORT = 6379
 # Beyond the first port, which only a head listens on. NetworkPolicies let through the whole range.
 PORT_FLAGS = ("node-manager-port", "object-manager-port", "runtime-env-agent-port", "dashboard-agent-grpc-port")
-FIRST_WORKER_PORT, LAST_WORKER_PORT = 20, 99
+CLIENT_PORT, FIRST_WORKER_PORT, LAST_WORKER_PORT = 10, 20, 99
 OBJECT_STORE_BYTES = 80 * 1024**2  # Ray's least; nothing is kept there
 LOOK_EVERY_S = 0.5
 RAY_ENVIRONMENT = {
@@ -64,7 +64,7 @@ def with_ray(
     if not context.args:
         raise UnsupportedConfiguration("no command: give it after head or node, such as llep control-plane")
     ip = node_ip or socket.gethostbyname(socket.gethostname())
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: it holds unix sockets
+    folder = _temporary_folder()
     try:
         environment = _environment(role, ip, port, os.environ)
         ray = Child("Ray", ray_command(role, ip, port, environment, folder), environment, None)
@@ -79,7 +79,10 @@ def ray_command(role: Role, ip: str, port: int, environment: Mapping[str, str], 
     """`ray start` in the foreground; every port is in port .. port + LAST_WORKER_PORT."""
     ports = [f"--{flag}={port + offset}" for offset, flag in enumerate(PORT_FLAGS, start=1)]
     where = (
-        ["--head", f"--port={port}", "--include-dashboard=false", f'--resources={{"{SCHEDULER_RESOURCE}": 1}}']
+        [
+            *("--head", f"--port={port}", f"--ray-client-server-port={port + CLIENT_PORT}", "--no-monitor"),
+            *("--include-dashboard=false", f'--resources={{"{SCHEDULER_RESOURCE}": 1}}', f"--temp-dir={folder}"),
+        ]
         if role is Role.HEAD
         else [f"--address={environment['LLEP_RAY_ADDRESS']}"]
     )
@@ -87,8 +90,16 @@ def ray_command(role: Role, ip: str, port: int, environment: Mapping[str, str], 
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={ip}", *where, *ports),
         *(f"--min-worker-port={port + FIRST_WORKER_PORT}", f"--max-worker-port={port + LAST_WORKER_PORT}"),
         *("--dashboard-agent-listen-port=0", "--num-cpus=0", "--num-gpus=0", "--disable-usage-stats"),
-        *(f"--object-store-memory={OBJECT_STORE_BYTES}", *([f"--temp-dir={folder}"] if role is Role.HEAD else [])),
+        *(f"--object-store-memory={OBJECT_STORE_BYTES}", "--include-log-monitor=false"),
     ]
+
+
+def _temporary_folder() -> Path:
+    """With a short path: it holds unix sockets."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    except OSError as error:
+        raise LlepError(f"/tmp can't be written ({error.strerror}): mount a temporary file system there") from None
 
 
 def _environment(role: Role, ip: str, port: int, environ: Mapping[str, str]) -> dict[str, str]:
