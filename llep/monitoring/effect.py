@@ -22,7 +22,7 @@ VERDICT = Row(
         ),
         Panel(
             kind=Kind.STAT,
-            title="Slowest rank's load removed",
+            title="Peak load removed",
             description="How much smaller the largest rank load became, mean over layers and steps. 0% where routing "
             "is even already; near 0% while the imbalance before is high: see decisions.",
             queries=[Query(f"1 - {mean_imbalance(AFTER)} / {mean_imbalance(BEFORE)}")],

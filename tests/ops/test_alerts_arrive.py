@@ -149,7 +149,7 @@ def test_faults_reach_people(tmp_path: Path, inbox: Inbox, page: VllmPage) -> No
             control_plane.report(engine)
         with prometheus(tmp_path, targets, shipped, told) as watcher, Play(control_plane, page, playing):
 
-            def arrives(alert: str, timeout_s: float = 40) -> dict[str, Any]:
+            def arrives(alert: str, timeout_s: float = 90) -> dict[str, Any]:
                 found: dict[str, Any] = wait_for(
                     lambda: inbox.alerts.get(alert), timeout_s, lambda: f"{alert}, but {set(inbox.alerts)}"
                 )
@@ -157,9 +157,11 @@ def test_faults_reach_people(tmp_path: Path, inbox: Inbox, page: VllmPage) -> No
 
             # Prometheus looks for its targets when it is five seconds old, which are minutes here.
             wait_for(lambda: watcher.query("engine:llep_imbalance_ratio:mean5m"), 30)
-            inbox.alerts.clear()
             time.sleep(4)
-            assert inbox.alerts == {}, "all is well"
+            # The times that an engine plays are made up: a third of them is overhead.
+            wait_for(
+                lambda: watcher.firing() <= {"LlepOverheadHigh"}, 60, lambda: f"all is well, but {watcher.firing()}"
+            )
             threshold = control_plane.http.patch("/v1/settings?engines=a", json={"imbalance_threshold": 100})
             assert threshold.status_code == 200, threshold.text
             page.is_stuck = True
