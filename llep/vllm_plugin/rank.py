@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import vllm
 from vllm.config import VllmConfig
-from vllm.distributed import get_ep_group
+from vllm.distributed import get_ep_group, get_tensor_model_parallel_rank
 from vllm.forward_context import ForwardContext
 
 from llep import __version__
@@ -82,6 +82,8 @@ class Rank:
         settings, self._sources = load_settings(start)
         self.config = vllm_config
         self.is_replicated = parallel.data_parallel_size == 1
+        # With both kinds of parallelism vLLM deals a batch's tokens out over the tensor-parallel ranks: none twice.
+        self._part = get_tensor_model_parallel_rank() if parallel.use_sequence_parallel_moe else 0
         self.agreed = AgreedSettings(settings)
         self._start_settings = settings
         self.layers: list[RankLayer] = []
@@ -286,7 +288,7 @@ class Rank:
 
     def _agree_on_step(self, context: ForwardContext, num_tokens: int) -> RankStep:
         self._step_number += 1
-        real_tokens, is_prefill = tokens_of(context, num_tokens)
+        real_tokens, is_prefill = tokens_of(context, num_tokens, self._part)
         is_dummy = real_tokens is None
         header = self.agreed.header(
             self._step_number,
@@ -457,14 +459,17 @@ def has_scheduler() -> bool:
     return bool(os.environ.get("LLEP_RAY_ADDRESS"))
 
 
-def tokens_of(context: ForwardContext, num_tokens: int) -> tuple[int | None, bool]:
-    """(real tokens of this rank's batch, whether it has prefill); None for a dummy, profiling or warm-up batch."""
+def tokens_of(context: ForwardContext, num_tokens: int, part: int = 0) -> tuple[int | None, bool]:
+    """(real tokens of this rank's batch, whether it has prefill); None for a dummy, profiling or warm-up batch.
+
+    part: which of the parts of num_tokens this rank has of a batch that is dealt out over several.
+    """
     metadata = context.attn_metadata
     if not metadata:
         return None, False
     assert isinstance(metadata, dict), "micro-batching (DBO) was refused at start"
     first = next(iter(metadata.values()))
-    real_tokens = min(int(first.num_actual_tokens), num_tokens)
+    real_tokens = min(max(int(first.num_actual_tokens) - part * num_tokens, 0), num_tokens)
     # One query token per request is decode; anything longer is a prefill, or a chunk of one.
     longest = getattr(first, "max_query_len", None)
     is_prefill = longest > 1 if longest is not None else first.num_prefills > 0

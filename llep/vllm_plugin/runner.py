@@ -206,10 +206,11 @@ def _refuse_conflicts(config: VllmConfig, runner: LeastLoadedMoERunner) -> None:
     conflicts = [
         (parallel.enable_eplb, "--enable-eplb moves experts' homes while llep lends them", "drop --enable-eplb"),
         (
-            parallel.tensor_parallel_size > 1 and parallel.data_parallel_size > 1,
+            parallel.tensor_parallel_size > 1 and parallel.data_parallel_size > 1 and not moe.is_sequence_parallel,
             f"--tensor-parallel-size {parallel.tensor_parallel_size} with --data-parallel-size "
-            f"{parallel.data_parallel_size} would send every token {parallel.tensor_parallel_size} times",
-            "use one of the two with --enable-expert-parallel",
+            f"{parallel.data_parallel_size} and --all2all-backend {parallel.all2all_backend} would send every token "
+            f"{parallel.tensor_parallel_size} times",
+            "choose --all2all-backend allgather_reducescatter, or use one of the two with --enable-expert-parallel",
         ),
         (
             parallel.pipeline_parallel_size > 1,
@@ -223,7 +224,6 @@ def _refuse_conflicts(config: VllmConfig, runner: LeastLoadedMoERunner) -> None:
         ),
         (config.lora_config is not None, "LoRA on experts is not lent with them", "drop --enable-lora"),
         (parallel.use_ubatching, "micro-batching (DBO) runs two steps at once", "drop --enable-dbo"),
-        (moe.is_sequence_parallel, "sequence parallelism splits a rank's tokens", "switch sequence parallelism off"),
         (moe.pcp_size > 1, "prefill context parallelism splits tokens", "drop --prefill-context-parallel-size"),
         (runner.is_monolithic, "the MoE kernel is monolithic: it routes by itself", "choose another --moe-backend"),
         (parallel.all2all_backend == "moonep", "--all2all-backend moonep balances by itself", "choose another backend"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ START_TIMEOUT_S = 420.0
 ONE_RANK = ("--enforce-eager",)
 TP_EP = ("--tensor-parallel-size", "2", "--enable-expert-parallel")
 DP_EP = ("--data-parallel-size", "2", "--enable-expert-parallel")
+TP_DP_EP = ("--tensor-parallel-size", "2", *DP_EP)
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,10 @@ def free_port() -> int:
 def serving(model: Path, *flags: str, log: Path, env: Mapping[str, str | None] | None = None) -> Iterator[Engine]:
     """Serve `model` until the block ends, then end every process that was started. None in `env` unsets a variable."""
     port = free_port()
-    ranks = 2 if "--enable-expert-parallel" in flags else 1
+    ranks = math.prod(int(size) for flag, size in pairwise(flags) if flag.endswith("-parallel-size"))
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("LLEP_")},
-        "VLLM_CPU_OMP_THREADS_BIND": "0|1" if ranks == 2 else "0-1",
+        "VLLM_CPU_OMP_THREADS_BIND": "0-1" if ranks == 1 else "|".join(str(rank % 2) for rank in range(ranks)),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
         **(env or {}),

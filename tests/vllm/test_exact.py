@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llep.tiny_models import write_tiny_model
-from tests.vllm.engine import DP_EP, ONE_RANK, TP_EP, Reply, serving
+from tests.vllm.engine import DP_EP, ONE_RANK, TP_DP_EP, TP_EP, Reply, serving
 
 pytestmark = pytest.mark.vllm
 
@@ -53,8 +53,13 @@ def gpt_oss_on_one_rank(gpt_oss: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.parametrize(
     ("flags", "planner"),
-    [((*TP_EP, "--enforce-eager"), "quota"), (TP_EP, "least_loaded"), ((*DP_EP, "--enforce-eager"), "least_loaded")],
-    ids=["tp-eager", "tp-compiled", "dp"],
+    [
+        ((*TP_EP, "--enforce-eager"), "quota"),
+        (TP_EP, "least_loaded"),
+        ((*DP_EP, "--enforce-eager"), "least_loaded"),
+        ((*TP_DP_EP, "--enforce-eager"), "quota"),
+    ],
+    ids=["tp-eager", "tp-compiled", "dp", "tp-dp"],
 )
 def test_gpt_oss_equals_one_rank(
     gpt_oss: Path, gpt_oss_on_one_rank: list[Reply], flags: tuple[str, ...], planner: str, tmp_path: Path
