@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ import pytest
 from reporting import Engine
 
 from llep.messages import encode
-from llep.scheduler.client import SchedulerClient
+from llep.scheduler.client import SCHEDULER_RESOURCE, SchedulerClient
 from tests.ops.prometheus import free_port, wait_for
 
 pytestmark = pytest.mark.ray
@@ -55,6 +56,23 @@ def url_of(log: Path) -> str:
     return str(found[1])
 
 
+def keeper_of_scheduler(address: str) -> dict[str, float]:
+    """The resources of the Ray node that the scheduler runs on; and that there are two nodes."""
+    program = f"""
+import json, ray
+from ray._private.state import actors
+ray.init(address="{address}", namespace="llep", log_to_driver=False, logging_level="ERROR")
+nodes = {{node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}}
+assert len(nodes) == 2, nodes
+(scheduler,) = [actor for actor in actors().values() if actor["Name"] == "llep-scheduler"]
+print(json.dumps(nodes[scheduler["Address"]["NodeID"]]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr
+    resources: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return resources
+
+
 async def hand_in(address: str, folder: Path) -> dict[str, Any]:
     """A report, as the agent beside an engine brings it."""
     async with SchedulerClient(address, "llep", folder / "elsewhere") as client:
@@ -82,6 +100,11 @@ def test_head_and_node_are_one_ray_and_end_in_order(tmp_path: Path, monkeypatch:
             assert Path(status["store_path"]) == tmp_path / "state", "the head's folder, whoever asks"
             assert httpx.get(f"{url}/readyz", timeout=20).status_code == 200
             wait_for(lambda: "Ray runtime started" in (tmp_path / "node.log").read_text(), 60)
+            assert SCHEDULER_RESOURCE in keeper_of_scheduler(address)
+            os.kill(status["pid"], signal.SIGKILL)
+            again = asyncio.run(hand_in(address, tmp_path))
+            assert again["pid"] != status["pid"] and again["store_path"] == status["store_path"]
+            assert SCHEDULER_RESOURCE in keeper_of_scheduler(address)
         assert node.returncode == 128 + signal.SIGTERM
     assert head.returncode == 0, (tmp_path / "head.log").read_text()
     assert time.monotonic() - started_s < 300
