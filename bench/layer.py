@@ -79,7 +79,7 @@ def make_layer(case: Case, transport: Transport) -> LeastLoadedMoE:
     experts = SwigluExperts(gate_up, down)
     pool = LendingPool.reserve(experts.weights, min(4, local))
     local_ids = [expert % local for expert in range(case.experts)]
-    workspace = Workspace.for_batches(case.tokens, case.top_k, transport.size, is_replicated=False)
+    workspace = Workspace.for_batches(case.tokens, case.top_k, transport.size, transport.device, is_replicated=False)
     return LeastLoadedMoE(experts, transport, pool, placement.home_rank, local_ids, workspace)
 
 

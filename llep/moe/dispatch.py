@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,14 +42,14 @@ class Rows:
         return len(self.positions_P)
 
     def chunks(self, most_rows: int) -> Iterator[Rows]:
-        """These rows in parts of at most most_rows."""
+        """These rows in parts of at most most_rows, about equally large."""
         if len(self) <= most_rows:
             if len(self):
                 yield self
             return
         stops_G = np.cumsum(self.counts_G)
-        for start in range(0, len(self), most_rows):
-            stop = min(start + most_rows, len(self))
+        bounds = np.linspace(0, len(self), -(-len(self) // most_rows) + 1).astype(np.int64).tolist()
+        for start, stop in pairwise(bounds):
             counts_G = np.minimum(stops_G, stop) - np.maximum(stops_G - self.counts_G, start)
             used = counts_G > 0
             yield Rows(self.positions_P[start:stop], self.experts_G[used], counts_G[used])

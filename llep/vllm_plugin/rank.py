@@ -165,6 +165,7 @@ class Rank:
                 self.config.scheduler_config.max_num_batched_tokens,
                 experts.top_k,
                 self._transport.size,
+                self._transport.device,
                 is_replicated=self.is_replicated,
             )
         return self._workspaces[experts.top_k]
