@@ -130,6 +130,163 @@ class EngineLoads(View):
     ranks: list[RankLoads]
 
 
+class HistoryPoint(View):
+    """Loads of one engine between the point before and time_s (unix). Ratios are None without a layer-step."""
+
+    time_s: float
+    tokens: int
+    layer_steps: int
+    imbalance_ratio_before: float | None
+    imbalance_ratio_after: float | None
+    routed_R: list[int]
+    computed_R: list[int]
+    lends: int
+    lend_bytes: int
+    layer_seconds: float
+
+
+class LoadMatrix(View):
+    """Pairs by layer (rows, in order of `layers`) and rank or expert (columns) over the window."""
+
+    engine: str
+    by: str  # rank, expert
+    stage: str  # before: as plain EP would compute them; after: as computed. Experts have before only
+    window_s: float
+    layers: list[int]  # the model's numbers
+    values: list[list[int]]
+    imbalance_ratio: list[float | None]  # of each layer's row; None without a pair
+
+
+class HotExpert(View):
+    engine: str
+    layer: int  # the model's number
+    expert: int
+    home_rank: int
+    tokens: int  # pairs in the window
+    share: float  # of its layer's pairs
+    load_ratio: float  # share / fair share
+    hot_for_s: float  # for how long it has been among its layer's hottest without a break
+    replica_ranks: list[int]
+
+
+class LendView(View):
+    expert: int
+    src_rank: int
+    dst_rank: int
+    tokens: int
+
+
+class PlanView(View):
+    """One sampled layer-step."""
+
+    engine: str
+    id: int
+    step: int
+    layer: int  # the model's number
+    phase: str
+    time_s: float
+    decision: str
+    tokens: int
+    routed: list[int]  # pairs of each rank under plain EP
+    computed: list[int]
+    imbalance_ratio_before: float
+    imbalance_ratio_after: float
+    lends: list[LendView]
+    lend_bytes: int
+    predicted_gain_s: float
+    layer_seconds: float
+
+
+class ReplicaView(View):
+    layer: int  # the model's number
+    expert: int
+    rank: int
+    share: float | None  # of its layer's pairs over the last windows
+
+
+class PlacementView(View):
+    """Resident replicas of one engine. state: none, ordered, filling, live."""
+
+    engine: str
+    replicas_setting: str  # off, suggest, apply
+    number: int  # revision of the placement that is asked for; 0: none
+    live_number: int
+    state: str
+    filled: int  # copies that are in place already
+    replicas: list[ReplicaView]
+    slots_per_rank: int
+    used_slots: list[int]  # by rank
+    bytes_per_slot: int
+
+
+class PlacementSuggestion(View):
+    """What the scheduler would do now, and what it is worth over horizon_s."""
+
+    engine: str
+    replicas: list[ReplicaView]
+    added: list[ReplicaView]
+    dropped: list[ReplicaView]
+    imbalance_ratio_before: float | None  # forecast, mean over layers
+    imbalance_ratio_after: float | None
+    move_bytes: int
+    move_s: float
+    saving_s: float
+    horizon_s: float
+    is_worth_it: bool
+    reason: str
+
+
+class AdviceView(View):
+    """verdict: worth_it, not_worth_it, not_enough_evidence. `patch` is the change of settings that is proposed."""
+
+    engine: str
+    verdict: str
+    reason: str
+    numbers: dict[str, float | None]
+    patch: dict[str, Any]
+
+
+class DecisionView(View):
+    """One decision of the scheduler, also one to do nothing. kind: placement, thresholds, brake, advice."""
+
+    id: int
+    time_s: float
+    engine: str
+    kind: str
+    outcome: str
+    reason: str
+    expected_gain_ratio: float | None
+    inputs: dict[str, Any]
+    revision: int | None  # that it made
+
+
+class RevisionView(View):
+    number: int
+    time_s: float
+    author: str
+    reason: str
+    engines: list[str] | None
+    patch: dict[str, Any]
+    diff: dict[str, list[Any]]
+
+
+class RecordingView(View):
+    """state: ordered, running, done, failed, deleted."""
+
+    id: str
+    engine: str
+    state: str
+    author: str
+    reason: str
+    created_s: float
+    ended_s: float | None
+    duration_s: float | None
+    steps_wanted: int | None
+    steps: int
+    bytes: int
+    problem: str
+
+
 class EventKind(StrEnum):
     SETTINGS = "settings"
     MODE = "mode"
