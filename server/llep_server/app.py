@@ -9,7 +9,7 @@ from fastapi import Depends, FastAPI
 
 from llep import __version__
 from llep.scheduler.client import SchedulerClient
-from llep_server import errors, routes
+from llep_server import errors, page, routes
 from llep_server.config import ServerConfig
 from llep_server.keys import KeyRing
 from llep_server.metrics import Exposition
@@ -46,6 +46,7 @@ def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
     app.state.scheduler = scheduler
     app.state.exposition = Exposition(scheduler)
     guarded = [Depends(routes.bearer)] if keys else []
+    app.include_router(page.router)
     app.include_router(routes.ops)
     app.include_router(routes.scrape, dependencies=guarded)
     app.include_router(routes.v1, dependencies=guarded)

@@ -32,6 +32,7 @@ MAX_BODY_BYTES = 1 << 20
 MAX_BODY_S = 30.0
 # Probes, and what says nothing about engines. Whatever is not named here needs a key where there are keys.
 OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/health", "/version", "/docs", "/openapi.json"})
+OPEN_PREFIX = "/static/"  # the page's own files
 READING_METHODS = frozenset({"GET", "HEAD"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
@@ -99,7 +100,7 @@ class Gate:
             return ANONYMOUS
         scheme, _, key = headers.get("authorization", "").partition(" ")
         principal = self.keys.find(key.strip()) if scheme.lower() == "bearer" else None
-        if scope["path"] in OPEN_PATHS:
+        if scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_PREFIX):
             return principal
         if principal is None:
             what = "the key is not known" if scheme else "a key is needed"

@@ -6,7 +6,7 @@ import platform
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Header, Path, Query, Request, Response
-from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.responses import HTMLResponse
 from fastapi.security import HTTPBearer
 
 from llep import __version__
@@ -55,11 +55,6 @@ v1 = APIRouter(
     dependencies=[Depends(_refuse_unknown_query)],
     responses=describe(401, 403, 422, 503),
 )
-
-
-@ops.get("/", include_in_schema=False)
-async def root() -> RedirectResponse:
-    return RedirectResponse("/docs")
 
 
 @ops.get("/docs", include_in_schema=False)
