@@ -39,6 +39,24 @@ class RevisionConflict(LlepError):
     code = "revision_conflict"
 
 
+class UnknownPlan(LlepError):
+    """No sampled plan of that id is kept."""
+
+    code = "unknown_plan"
+
+
+class PlacementRefused(LlepError):
+    """Resident replicas that don't fit the engine. The message starts with the name of the rule."""
+
+    code = "placement_refused"
+
+
+class UnknownRevision(LlepError):
+    """No revision of that number is kept."""
+
+    code = "unknown_revision"
+
+
 class SchedulerUnreachable(LlepError):
     """The scheduler (a Ray actor) did not answer."""
 
@@ -60,7 +78,7 @@ class UnsupportedConfiguration(LlepError):
 ERRORS_BY_CODE: dict[str, type[LlepError]] = {
     cls.code: cls
     for cls in (
-        *(LlepError, SettingsError, UnknownEngine, RevisionConflict),
-        *(SchedulerUnreachable, StoreUnavailable, UnsupportedConfiguration),
+        *(LlepError, SettingsError, UnknownEngine, UnknownRevision, UnknownPlan, RevisionConflict),
+        *(PlacementRefused, SchedulerUnreachable, StoreUnavailable, UnsupportedConfiguration),
     )
 }

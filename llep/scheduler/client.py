@@ -34,7 +34,7 @@ MOST_ACTOR_CALLS = 8192  # a long poll of each agent, and everybody else
 
 CALL_TIMEOUT_S = 2.0
 CHANGE_TIMEOUT_S = 5.0  # beyond the wait_s of a change
-CHANGES = frozenset({"patch_settings", "set_mode"})
+CHANGES = frozenset({"patch_settings", "set_mode", "rollback"})
 # Not tried again unasked when the actor dies under them: a change may have been stored, and who waits for a directive
 # wants to know that the scheduler has lost its memory.
 TRIED_ONCE = CHANGES | {"wait_directive"}

@@ -66,7 +66,24 @@ class Desired(msgspec.Struct, frozen=True):
                 _put(temporary, key, Override(value, revision, until_s), engines)
         targets = [EVERY] if engines is None else engines
         addressed = {**self.addressed, **dict.fromkeys(targets, revision)}
-        return Desired(revision, addressed, _without_empty(permanent), _without_empty(temporary))
+        return msgspec.structs.replace(
+            self,
+            revision=revision,
+            addressed=addressed,
+            permanent=_without_empty(permanent),
+            temporary=_without_empty(temporary),
+        )
+
+    def put_back(self, earlier: Desired, revision: int, now_s: float) -> Desired:
+        """With the settings of an earlier state, but for what was temporary then and is over by now."""
+        kept = earlier.without_expired(now_s, revision)
+        return msgspec.structs.replace(
+            self,
+            revision=revision,
+            addressed={EVERY: revision},
+            permanent=kept.permanent,
+            temporary=kept.temporary,
+        )
 
     def expired(self, now_s: float) -> tuple[dict[str, Any], list[str] | None] | None:
         """(patch of Nones, engines) of the temporary overrides whose time is over; None if there are none."""
@@ -92,7 +109,7 @@ class Desired(msgspec.Struct, frozen=True):
             for target, overrides in self.temporary.items()
         }
         addressed = {**self.addressed, **dict.fromkeys(targets, revision)}
-        return Desired(revision, addressed, self.permanent, _without_empty(kept))
+        return msgspec.structs.replace(self, revision=revision, addressed=addressed, temporary=_without_empty(kept))
 
     def next_expiry_s(self, engine: str | None) -> float | None:
         """Unix time at which the first temporary override of the engine ends."""

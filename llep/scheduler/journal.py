@@ -11,13 +11,22 @@ from typing import Any, TypeVar
 
 from llep.errors import StoreUnavailable
 from llep.scheduler.desired import Desired
-from llep.scheduler.store import Damaged, KnownEngine, NewEvent, Revision, Store
-from llep.views import Event, EventKind
+from llep.scheduler.store import (
+    Damaged,
+    KnownEngine,
+    NewDecision,
+    NewEvent,
+    Revision,
+    Store,
+    StoredPlacement,
+)
+from llep.views import DecisionView, Event, EventKind
 
 logger = logging.getLogger("llep.scheduler")
 
 PRUNE_EVERY_S = 3600.0
 MOST_EVENTS_WAITING = 1000
+LLEP = "llep"  # the author of what the scheduler itself does
 
 T = TypeVar("T")
 
@@ -28,6 +37,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.desired = Desired()
         self.problem = "the store is not open yet"
+        self.own_revisions: set[int] = set()  # those that llep itself made
         self._folder = folder
         self._store: Store | None = None
         self._waiting: deque[NewEvent] = deque(maxlen=MOST_EVENTS_WAITING)
@@ -51,6 +61,9 @@ class Journal:
         reason: str,
         engines: Sequence[str] | None,
         patch: dict[str, Any],
+        diff: dict[str, list[Any]] | None = None,
+        decision: NewDecision | None = None,
+        placement: StoredPlacement | None = None,
     ) -> None:
         """Make it last, then make it so. Raises StoreUnavailable; then nothing has changed."""
         revision = Revision(
@@ -61,9 +74,12 @@ class Journal:
             engines=None if engines is None else list(engines),
             patch=patch,
             desired=desired,
+            diff=diff or {},
         )
-        self._do(lambda store: store.append(revision, event))
+        self._do(lambda store: store.append(revision, event, decision, placement))
         self.desired = desired
+        if author == LLEP:
+            self.own_revisions.add(revision.number)
         logger.info("revision %d: %s", desired.revision, event.message)
 
     def note(self, kind: EventKind, message: str, *, engine: str | None = None, data: dict[str, Any]) -> None:
@@ -76,6 +92,28 @@ class Journal:
     def events(self, limit: int, *, before_id: int | None, after_id: int | None) -> list[Event]:
         """Newest first. Raises StoreUnavailable."""
         return self._do(lambda store: store.events(limit, before_id=before_id, after_id=after_id))
+
+    def revisions(self, limit: int, before: int | None) -> list[Revision]:
+        """Newest first. Raises StoreUnavailable."""
+        return self._do(lambda store: store.revisions(limit, before))
+
+    def revision(self, number: int) -> Revision | None:
+        """Raises StoreUnavailable."""
+        return self._do(lambda store: store.revision(number))
+
+    def decide(self, decision: NewDecision) -> None:
+        """Keep a decision that changes nothing; while the store can't, only the log has it."""
+        self._try(lambda store: store.add_decision(decision))
+
+    def decisions(
+        self, limit: int, *, engine: str | None = None, kind: str | None = None, before_id: int | None = None
+    ) -> list[DecisionView]:
+        """Newest first. Raises StoreUnavailable."""
+        return self._do(lambda store: store.decisions(limit, engine=engine, kind=kind, before_id=before_id))
+
+    def placements(self, engine: str, limit: int) -> list[StoredPlacement]:
+        """Newest first. Raises StoreUnavailable."""
+        return self._do(lambda store: store.placements(engine, limit))
 
     def remember(self, engines: Sequence[KnownEngine]) -> None:
         self._try(lambda store: store.put_engines(engines))
@@ -124,6 +162,7 @@ class Journal:
             store.append(*_written_again(self.desired))
         else:
             self.desired = stored
+        self.own_revisions = store.revisions_by(LLEP)
         engines = store.engines()
         self._write_waiting(store)
         return engines

@@ -1,4 +1,6 @@
-"""The scheduler's truth on disk: settings revisions, events and known engines in SQLite, durable once acknowledged.
+"""The scheduler's truth on disk: revisions, decisions, placements, events and known engines in SQLite.
+
+What was acknowledged is durable.
 
 One scheduler writes a state folder at a time (a lock says so). A damaged file is set aside, never deleted or repaired.
 """
@@ -11,7 +13,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import msgspec
 from llep.errors import StoreUnavailable
 from llep.messages import EngineInfo
 from llep.scheduler.desired import Desired
-from llep.views import Event, EventKind
+from llep.views import DecisionView, Event, EventKind
 
 FILE = "scheduler.sqlite"
 LOCK = "scheduler.lock"
@@ -42,7 +44,23 @@ _MIGRATIONS = (
         name TEXT PRIMARY KEY, incarnation TEXT NOT NULL, last_seen_s REAL NOT NULL, info TEXT NOT NULL
     );
     """,
+    """
+    ALTER TABLE revisions ADD COLUMN diff TEXT NOT NULL DEFAULT '{}';
+    CREATE TABLE decisions (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, time_s REAL NOT NULL, engine TEXT NOT NULL, kind TEXT NOT NULL,
+        outcome TEXT NOT NULL, reason TEXT NOT NULL, expected_gain_ratio REAL, inputs TEXT NOT NULL, revision INTEGER
+    );
+    CREATE INDEX decisions_by_engine ON decisions (engine, kind, id);
+    CREATE TABLE placements (
+        number INTEGER PRIMARY KEY, time_s REAL NOT NULL, engine TEXT NOT NULL, author TEXT NOT NULL,
+        reason TEXT NOT NULL, replicas TEXT NOT NULL
+    );
+    CREATE INDEX placements_by_engine ON placements (engine, number);
+    """,
 )
+# What is pruned, and by which key it is in order of age.
+_KEYS = {"revisions": "number", "events": "id", "decisions": "id", "placements": "number"}
+MAX_AGE_S = {"revisions": 365 * DAY_S, "events": 30 * DAY_S, "decisions": 30 * DAY_S, "placements": 365 * DAY_S}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +74,7 @@ class Revision:
     engines: list[str] | None
     patch: dict[str, Any]
     desired: Desired
+    diff: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +87,32 @@ class NewEvent:
     engine: str | None = None
     author: str = "llep"
     data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewDecision:
+    """A decision of the scheduler before the store gives it its id. revision: the one that it made."""
+
+    time_s: float
+    engine: str
+    kind: str
+    outcome: str
+    reason: str
+    expected_gain_ratio: float | None = None
+    inputs: dict[str, Any]
+    revision: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPlacement:
+    """Resident replicas that were ordered. replicas: (place of the layer, expert, rank); number: the revision."""
+
+    number: int
+    time_s: float
+    engine: str
+    author: str
+    reason: str
+    replicas: tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +139,7 @@ class Store:
         """Open or make the store. Raises StoreUnavailable: not writable, in use, or written by a newer llep."""
         self.path = folder / FILE
         self.set_aside: Path | None = None  # where the damaged file went, if there was one
-        self._max_age_s = max_age_s or {"revisions": 365 * DAY_S, "events": 30 * DAY_S}
+        self._max_age_s = MAX_AGE_S | (max_age_s or {})
         self._max_bytes = max_bytes
         self._lock = _take_lock(folder)
         try:
@@ -113,20 +158,67 @@ class Store:
         rows = self._read("SELECT desired FROM revisions ORDER BY number DESC LIMIT 1")
         return msgspec.json.decode(rows[0][0], type=Desired) if rows else Desired()
 
-    def append(self, revision: Revision, event: NewEvent) -> None:
-        """Store a revision and its event, both or neither; on return they survive a crash of process and machine."""
+    def append(
+        self,
+        revision: Revision,
+        event: NewEvent,
+        decision: NewDecision | None = None,
+        placement: StoredPlacement | None = None,
+    ) -> None:
+        """Store a revision and what belongs to it, all or nothing; on return it survives a crash of the machine."""
         row = (revision.number, revision.time_s, revision.author, revision.reason)
         contents = (_json_or_null(revision.engines), _json(revision.patch), _json(revision.desired))
-        # Or replace: a revision whose write failed halfway was not acknowledged, and its number is used again.
         self._write(
-            ("INSERT OR REPLACE INTO revisions VALUES (?, ?, ?, ?, ?, ?, ?)", (*row, *contents)), _insert(event)
+            # Or replace: a revision whose write failed halfway was not acknowledged, and its number is used again.
+            (
+                "INSERT OR REPLACE INTO revisions VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (*row, *contents, _json(revision.diff)),
+            ),
+            _insert(event),
+            *([_insert_decision(decision)] if decision else []),
+            *([_insert_placement(placement)] if placement else []),
         )
         self._check_newest(revision.number)
 
-    def revisions(self, limit: int) -> list[Revision]:
-        """The newest revisions, newest first."""
-        rows = self._read("SELECT * FROM revisions ORDER BY number DESC LIMIT ?", limit)
+    def revisions(self, limit: int, before: int | None = None) -> list[Revision]:
+        """Revisions, newest first; with `before` only those below that number."""
+        upper = before if before is not None else 1 << 62
+        rows = self._read("SELECT * FROM revisions WHERE number < ? ORDER BY number DESC LIMIT ?", upper, limit)
         return [_revision(row) for row in rows]
+
+    def revision(self, number: int) -> Revision | None:
+        """The revision of that number, if it is still kept."""
+        rows = self._read("SELECT * FROM revisions WHERE number = ?", number)
+        return _revision(rows[0]) if rows else None
+
+    def revisions_by(self, author: str) -> set[int]:
+        """Numbers of the revisions that the author made."""
+        return {number for (number,) in self._read("SELECT number FROM revisions WHERE author = ?", author)}
+
+    def add_decision(self, decision: NewDecision) -> None:
+        self._write(_insert_decision(decision))
+
+    def decisions(
+        self, limit: int, *, engine: str | None = None, kind: str | None = None, before_id: int | None = None
+    ) -> list[DecisionView]:
+        """Decisions, newest first, of one engine or all, of one kind or all."""
+        names = (*("id", "time_s", "engine", "kind", "outcome", "reason", "expected_gain_ratio", "inputs", "revision"),)
+        rows = self._read(
+            f"SELECT {', '.join(names)} FROM decisions WHERE id < ? AND (? IS NULL OR engine = ?) "
+            "AND (? IS NULL OR kind = ?) ORDER BY id DESC LIMIT ?",
+            *(before_id if before_id is not None else 1 << 62, engine, engine, kind, kind, limit),
+        )
+        found = (dict(zip(names, row, strict=True)) for row in rows)
+        return [DecisionView(**{**row, "inputs": msgspec.json.decode(row["inputs"])}) for row in found]
+
+    def placements(self, engine: str, limit: int) -> list[StoredPlacement]:
+        """What was ordered for an engine, newest first."""
+        rows = self._read(
+            "SELECT number, time_s, engine, author, reason, replicas FROM placements WHERE engine = ? "
+            "ORDER BY number DESC LIMIT ?",
+            *(engine, limit),
+        )
+        return [_placement(row) for row in rows]
 
     def add_events(self, events: Iterable[NewEvent]) -> None:
         self._write(*map(_insert, events))
@@ -161,7 +253,7 @@ class Store:
         for _ in range(20):
             if self._used_bytes() <= self._max_bytes:
                 break
-            for table, key in (("revisions", "number"), ("events", "id")):
+            for table, key in _KEYS.items():
                 ((count,),) = self._read(f"SELECT count(*) FROM {table}")
                 self._drop(table, f"{key} IN (SELECT {key} FROM {table} ORDER BY {key} LIMIT ?)", count // 4 + 1)
 
@@ -290,6 +382,8 @@ def _check(db: sqlite3.Connection) -> None:
             _revision(row)
         db.execute("SELECT id, time_s, kind, engine, author, message, data FROM events LIMIT 1")
         db.execute("SELECT name, incarnation, last_seen_s, info FROM engines LIMIT 1")
+        db.execute("SELECT id, time_s, engine, kind, outcome, reason, inputs, revision FROM decisions LIMIT 1")
+        db.execute("SELECT number, time_s, engine, author, reason, replicas FROM placements LIMIT 1")
     except (sqlite3.OperationalError, msgspec.MsgspecError, ValueError) as error:
         raise Damaged(str(error)) from None
 
@@ -326,13 +420,29 @@ def _insert(event: NewEvent) -> tuple[str, tuple[Any, ...]]:
     return "INSERT INTO events (time_s, kind, engine, author, message, data) VALUES (?, ?, ?, ?, ?, ?)", row
 
 
+def _insert_decision(made: NewDecision) -> tuple[str, tuple[Any, ...]]:
+    return (
+        "INSERT INTO decisions (time_s, engine, kind, outcome, reason, expected_gain_ratio, inputs, revision) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            *(made.time_s, made.engine, made.kind, made.outcome, made.reason, made.expected_gain_ratio),
+            *(_json(made.inputs), made.revision),
+        ),
+    )
+
+
+def _insert_placement(placement: StoredPlacement) -> tuple[str, tuple[Any, ...]]:
+    row = (placement.number, placement.time_s, placement.engine, placement.author, placement.reason)
+    return "INSERT OR REPLACE INTO placements VALUES (?, ?, ?, ?, ?, ?)", (*row, _json(placement.replicas))
+
+
 def _put_engine(known: KnownEngine) -> tuple[str, tuple[Any, ...]]:
     row = (known.info.engine, known.incarnation, known.last_seen_s, _json(known.info))
     return "INSERT OR REPLACE INTO engines VALUES (?, ?, ?, ?)", row
 
 
 def _revision(row: tuple[Any, ...]) -> Revision:
-    number, time_s, author, reason, engines, patch, desired = row
+    number, time_s, author, reason, engines, patch, desired, diff = row
     return Revision(
         number=number,
         time_s=time_s,
@@ -341,6 +451,19 @@ def _revision(row: tuple[Any, ...]) -> Revision:
         engines=None if engines is None else msgspec.json.decode(engines, type=list[str]),
         patch=msgspec.json.decode(patch, type=dict[str, Any]),
         desired=msgspec.json.decode(desired, type=Desired),
+        diff=msgspec.json.decode(diff, type=dict[str, list[Any]]),
+    )
+
+
+def _placement(row: tuple[Any, ...]) -> StoredPlacement:
+    number, time_s, engine, author, reason, replicas = row
+    return StoredPlacement(
+        number=number,
+        time_s=time_s,
+        engine=engine,
+        author=author,
+        reason=reason,
+        replicas=msgspec.json.decode(replicas, type=tuple[tuple[int, int, int], ...]),
     )
 
 

@@ -17,11 +17,14 @@ from starlette.types import Scope as AsgiScope
 
 from llep.errors import (
     LlepError,
+    PlacementRefused,
     RevisionConflict,
     SchedulerUnreachable,
     SettingsError,
     StoreUnavailable,
     UnknownEngine,
+    UnknownPlan,
+    UnknownRevision,
     UnsupportedConfiguration,
 )
 
@@ -95,11 +98,14 @@ STATUS_BY_ERROR: dict[type[LlepError], int] = {
     Forbidden: 403,
     ForeignHost: 403,
     UnknownEngine: 404,
+    UnknownPlan: 404,
+    UnknownRevision: 404,
     BodyTooSlow: 408,
     RevisionConflict: 412,
     BodyTooLarge: 413,
     UnsupportedMediaType: 415,
     InvalidRequest: 422,
+    PlacementRefused: 422,
     SettingsError: 422,
     UnsupportedConfiguration: 422,
     LlepError: 500,

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from llep.errors import LlepError, RevisionConflict, SettingsError, StoreUnavailable, UnknownEngine
+from llep.errors import LlepError, RevisionConflict, SettingsError, StoreUnavailable, UnknownEngine, UnknownRevision
 from llep.messages import decode_directive, decode_snapshot, encode
 from llep.scheduler.actor import Scheduler
 from llep.scheduler.store import FILE, KnownEngine, Store
@@ -92,6 +92,38 @@ def test_a_change_is_stored_shown_and_live(tmp_path: Path) -> None:
             assert {view["id"]: view["state"] for view in await scheduler.engines()} == dict.fromkeys(
                 ("one", "two"), "starting"
             )
+
+    run(body)
+
+
+def test_settings_go_back_to_an_earlier_revision(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with scheduler_in(tmp_path) as scheduler:
+            workers = Workers("one")
+            await hear(scheduler, workers)
+            for threshold in (1.5, 1.6):
+                await scheduler.patch_settings({"imbalance_threshold": threshold}, "me", wait_s=0)
+            await scheduler.patch_settings({"watchdog_s": 9}, "me", "slow disk", engines=["one"], wait_s=0)
+            trial = await scheduler.rollback(1, "you", dry_run=True)
+            assert trial["diff"] == {"imbalance_threshold": [1.6, 1.5], "watchdog_s": [9, 60]}
+            assert (await scheduler.status())["desired_revision"] == 3
+            change = await scheduler.rollback(1, "you", "it was better", if_revision=3, wait_s=0)
+            assert change["revision"] == 4 and change["diff"] == trial["diff"]
+            assert value(await scheduler.settings("one"), "imbalance_threshold") == (1.5, "revision 1")
+            assert (await scheduler.rollback(4, "you", wait_s=0))["revision"] == 4  # it holds already
+            assert (await scheduler.rollback(0, "you", wait_s=0))["diff"] == {"imbalance_threshold": [1.5, 1.3]}
+            with pytest.raises(UnknownRevision, match="no revision 77"):
+                await scheduler.rollback(77, "you")
+            with pytest.raises(RevisionConflict):
+                await scheduler.rollback(1, "you", if_revision=3)
+            found = await scheduler.revisions(limit=3)
+            assert [(r["number"], r["author"], r["reason"]) for r in found] == [
+                (5, "you", ""),
+                (4, "you", "it was better"),
+                (3, "me", "slow disk"),
+            ]
+            assert found[1]["diff"] == trial["diff"] and found[2]["engines"] == ["one"]
+            assert [r["number"] for r in await scheduler.revisions(before=3)] == [2, 1]
 
     run(body)
 

@@ -8,14 +8,26 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from llep.errors import StoreUnavailable
 from llep.scheduler.desired import Desired
 from llep.scheduler.journal import Journal
-from llep.scheduler.store import DAY_S, FILE, KnownEngine, NewEvent, Revision, Store
+from llep.scheduler.store import (
+    _MIGRATIONS,
+    DAY_S,
+    FILE,
+    KnownEngine,
+    NewDecision,
+    NewEvent,
+    Revision,
+    Store,
+    StoredPlacement,
+)
 from llep.views import EventKind
 from tests.scheduler.peer import Workers
 
@@ -53,6 +65,51 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert again.events(1)[0].data == {"a": [1, None]}
     assert again.engines() == [KnownEngine(workers.info(), "incarnation", 12.5)]
     again.close()
+
+
+def decision(kind: str = "placement", engine: str = "tiny") -> NewDecision:
+    return NewDecision(
+        time_s=1.5, engine=engine, kind=kind, outcome="nothing", reason="too new", inputs={"windows": 3}, revision=None
+    )
+
+
+def test_what_belongs_to_a_revision_is_stored_with_it(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    placed = StoredPlacement(
+        number=1, time_s=2.0, engine="tiny", author="llep", reason="hot", replicas=((0, 3, 1), (2, 5, 0))
+    )
+    store.append(revision(1), event(), decision("placement"), placed)
+    store.append(revision(2), event(), placement=replace(placed, number=2, replicas=()))
+    store.add_decision(decision("brake", "other"))
+    store.close()
+    again = Store(tmp_path)
+    assert [p.replicas for p in again.placements("tiny", 10)] == [(), placed.replicas]
+    assert again.placements("other", 10) == []
+    assert [(d.id, d.engine, d.kind) for d in again.decisions(10)] == [(2, "other", "brake"), (1, "tiny", "placement")]
+    assert [d.inputs for d in again.decisions(10, engine="tiny", kind="placement")] == [{"windows": 3}]
+    assert again.decisions(10, before_id=1) == []
+    assert again.revisions_by("me") == {1, 2} and again.revision(2) == revision(2, again.revisions(1)[0].time_s)
+    assert again.revision(3) is None
+    again.close()
+
+
+def test_a_file_of_schema_1_is_brought_up_to_date(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / FILE) as db:
+        db.executescript(f"{_MIGRATIONS[0]}; PRAGMA user_version = 1;")
+        written = revision(7)
+        db.execute(
+            "INSERT INTO revisions VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(7, written.time_s, "me", "because", '["tiny"]', '{"imbalance_threshold": 1.007}'),
+                msgspec.json.encode(written.desired).decode(),
+            ),
+        )
+    db.close()
+    store = Store(tmp_path)
+    assert store.set_aside is None and store.revisions(10) == [written] and store.desired() == written.desired
+    store.append(revision(8), event(), decision())
+    assert store.decisions(1)[0].reason == "too new"
+    store.close()
 
 
 WRITER = """
