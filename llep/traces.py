@@ -25,8 +25,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import tarfile
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +48,7 @@ from llep.shapes import PHASES, ModelShape, StepCounts
 FORMAT, VERSION = "llep.trace", 1
 METADATA_KEY = b"llep"
 UNFINISHED = ".unfinished"
+TAR_MEMBER = re.compile(r"(part|transitions)-\d{6}\.parquet", re.ASCII)
 
 _NAME = pa.dictionary(pa.int32(), pa.string())
 PART_COLUMNS = {
@@ -412,6 +418,25 @@ class _StepReader:
 
 def _row_groups(path: Path) -> int:
     return int(pq.read_metadata(path).num_row_groups)
+
+
+@contextmanager
+def unpacked(path: Path) -> Iterator[Path]:
+    """The recording at `path` as a folder or part; a .tar of parts is unpacked for as long as the block lasts."""
+    if path.suffix != ".tar" or not path.is_file():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="llep-recording-") as folder:
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    name = Path(member.name).name
+                    if member.isfile() and TAR_MEMBER.fullmatch(name) and (source := tar.extractfile(member)):
+                        with source, (Path(folder) / name).open("wb") as target:
+                            shutil.copyfileobj(source, target, 1 << 20)
+        except (tarfile.TarError, OSError) as error:
+            raise TraceError(f"{path} is no recording as `llep record export` writes it: {error}") from None
+        yield Path(folder)
 
 
 def write_trace(folder: Path, shape: ModelShape, num_ranks: int, steps: Iterable[StepCounts], **limits: Any) -> None:
