@@ -1,7 +1,7 @@
 """Every planner on the natural traces: imbalance before and after, lends, predicted time. One line a number of ranks.
 
 Counts are replayed on 2 to 16 ranks as 8192 tokens per rank, on experts and links as gpt-oss-20b has on H200s: who is
-popular is measured, how much there is to do is not.
+popular is measured, how much there is to do is not. The table adds what bench.natural.gain measured in vLLM.
 
     python -m bench.natural.compare [prefill decode] [--append] [--table]
 """
@@ -9,13 +9,14 @@ popular is measured, how much there is to do is not.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.record import add_record
+from bench.record import RESULTS, add_record
 from llep.cost import PRESETS
 from llep.planning import PlanOptions, warm_up
 from llep.shapes import SHAPES, StepCounts
@@ -80,34 +81,61 @@ def _means(of_workloads: dict[str, dict[str, Any]], home_s: dict[str, float]) ->
     }
 
 
-def _table(phase: str, by_ranks: dict[int, dict[str, Any]]) -> str:
-    """Markdown: imbalance after, lends per layer and step, and predicted gain of each planner, by ranks."""
-    head = "".join(f" {ranks} ranks |" for ranks in by_ranks)
-    lines = [f"| {phase}: planner |{head}", "|---|" + "---|" * len(by_ranks)]
+def table(phase: str, by_ranks: dict[int, dict[str, Any]], measured: dict[str, float]) -> str:
+    """Markdown: for each planner and number of ranks imbalance before and after, lends per layer and step, and the
+    predicted gain; measured: planner -> gain on two ranks.
+    """
+    before = {ranks: planners["home"]["imbalance_ratio"] for ranks, planners in by_ranks.items()}
+    heads = [f"{phase}: planner", *(f"{ranks} ranks, {ratio:.2f} before" for ranks, ratio in before.items())]
+    if measured:
+        heads.append("measured on 2")
+    lines = [_row(heads), "|---" * len(heads) + "|"]
     for name in PLANNERS:
-        lines.append(f"| `{name}` | " + " | ".join(_cell(of[name]) for of in by_ranks.values()) + " |")
+        cells = [f"`{name}`", *(_cell(planners[name]) for planners in by_ranks.values())]
+        if measured:
+            cells.append(f"{measured[name]:.2f}x" if name in measured else "")
+        lines.append(_row(cells))
     return "\n".join(lines)
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _cell(planner: dict[str, Any]) -> str:
     return f"{planner['imbalance_ratio']:.2f}, {planner['lends_per_layer_step']:.1f}, {planner['predicted_gain']:.2f}x"
 
 
+def results(phase: str) -> tuple[dict[int, dict[str, Any]], dict[str, float]]:
+    """What `table` takes, from the newest lines of bench/results/natural.jsonl."""
+    lines = [json.loads(line) for line in (RESULTS / "natural.jsonl").read_text().splitlines()]
+    by_ranks = {
+        line["ranks"]: line["planners"] for line in lines if line["case"] == "planners" and line["phase"] == phase
+    }
+    of_planner: dict[str, dict[str, float]] = {"home": {"": 1.0}}
+    for line in lines if phase == "prefill" else ():
+        if line["case"] == "gain":
+            of_planner.setdefault(line.get("planner", "quota"), {})[line["workload"]] = line["moe_ratio"]
+    measured = {planner: statistics.fmean(ratios.values()) for planner, ratios in of_planner.items()}
+    return by_ranks, measured if phase == "prefill" else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("phases", nargs="*", metavar="phase", help="prefill, decode; both without")
     parser.add_argument("--append", action="store_true", help="add the lines to bench/results/natural.jsonl")
-    parser.add_argument("--table", action="store_true", help="print a table in Markdown too")
+    parser.add_argument("--table", action="store_true", help="print the tables of the results kept, and do nothing else")
     asked = parser.parse_args()
+    if asked.table:
+        print("\n\n".join(table(phase, *results(phase)) for phase in asked.phases or TOKENS_PER_RANK))
+        return
     warm_up()
-    for phase in asked.phases or list(TOKENS_PER_RANK):
+    for phase in asked.phases or TOKENS_PER_RANK:
         by_ranks = {ranks: compare(phase, ranks) for ranks in RANKS}
         for ranks, planners in by_ranks.items():
             circumstances = {"case": "planners", "phase": phase, "ranks": ranks, "slots_per_rank": SLOTS}
             sizes = {"tokens_per_rank": TOKENS_PER_RANK[phase], "window_steps": WINDOW_STEPS, "cost_model": "h200"}
             add_record("natural", {**circumstances, **sizes, "planners": planners}, append=asked.append)
-        if asked.table:
-            print(_table(phase, by_ranks))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """What lending gains under natural skew, in real vLLM on two CPU ranks: planner `home` against lending by turns.
 
 The trained model's experts are widened with zeros: they choose and compute what they did, at the cost of larger ones,
-so that experts and not Python take the time. Prints one JSON line a workload.
+so that experts and not Python take the time. Prints one JSON line a planner and workload.
 
-    python -m bench.natural.gain models/natural-gpt-oss [--repeats 7] [--append]
+    python -m bench.natural.gain models/natural-gpt-oss [--planners quota least_loaded] [--repeats 7] [--append]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -59,13 +60,13 @@ def _padded(array: npt.NDArray[Any], axis: int, count: int) -> npt.NDArray[Any]:
     return np.pad(array, [(0, count if at == axis else 0) for at in range(array.ndim)])
 
 
-def measure(engine: Engine, workloads: Workloads, name: str, repeats: int) -> dict[str, Any]:
+def measure(engine: Engine, workloads: Workloads, name: str, after: dict[str, Any], repeats: int) -> dict[str, Any]:
     runs: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
     prompts = list(workloads.prompts(name, PROMPTS * (repeats + 1)))
     for repeat in range(repeats + 1):
         batch = prompts[repeat * PROMPTS : (repeat + 1) * PROMPTS]
         for side in ("before", "after") if repeat % 2 else ("after", "before"):
-            engine.switch(BEFORE if side == "before" else AFTER)
+            engine.switch(BEFORE if side == "before" else after)
             engine.prefill(batch[0][:8])  # the switch happens at a step's beginning; this is that step
             first = engine.reports()[0]
             measured = engine.prefill(*batch)
@@ -106,6 +107,7 @@ def _summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--planners", nargs="+", default=["quota"], metavar="planner")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--append", action="store_true", help="append to bench/results/natural.jsonl")
     asked = parser.parse_args()
@@ -115,12 +117,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         widen(asked.model, Path(folder) / "wide", WIDTH)
         engine = Engine(Path(folder) / "wide", eager=True)
-        for name in workloads.names:
-            found = measure(engine, workloads, name, asked.repeats)
+        for planner, name in itertools.product(asked.planners, workloads.names):
+            after = {"planner": planner, **AFTER}
+            found = measure(engine, workloads, name, after, asked.repeats)
             what = {"case": "gain", "workload": name, "ranks": 2, "intermediate": WIDTH, "repeats": asked.repeats}
-            add_record(
-                "natural", {**what, "before_settings": BEFORE, "after_settings": AFTER, **found}, append=asked.append
-            )
+            settings = {"before_settings": BEFORE, "after_settings": after}
+            add_record("natural", {**what, "planner": planner, **settings, **found}, append=asked.append)
         engine.close()
 
 

@@ -40,11 +40,22 @@ def copies_of(slot_experts: Ids, num_experts: int, num_ranks: int) -> Copies:
     rank_N = np.arange(len(slot_experts)) // (len(slot_experts) // num_ranks)
     order = np.lexsort((rank_N, slot_experts))
     expert_N, rank_N = slot_experts[order], rank_N[order]
-    counts_E = np.bincount(expert_N, minlength=num_experts)
-    first_E = np.cumsum(counts_E) - counts_E
-    home_E = rank_N[first_E]
+    home_E = rank_N[np.searchsorted(expert_N, np.arange(num_experts))]
     pairs = set(zip(expert_N.tolist(), rank_N.tolist(), strict=True)) - set(enumerate(home_E.tolist()))
     placement = Placement(tuple(home_E.tolist()), (0,) * num_ranks, tuple(sorted(pairs)))
+    return _copies(expert_N, rank_N, placement)
+
+
+def holders_of(placement: Placement) -> Copies:
+    """Home ranks and resident replicas as copies."""
+    pairs = sorted([*enumerate(placement.home_rank), *placement.replicas])
+    expert_N, rank_N = np.array(pairs, dtype=np.int64).T
+    return _copies(expert_N, rank_N, placement)
+
+
+def _copies(expert_N: Ids, rank_N: Ids, placement: Placement) -> Copies:
+    counts_E = np.bincount(expert_N, minlength=placement.num_experts)
+    first_E = np.cumsum(counts_E) - counts_E
     return Copies(expert_N, rank_N, np.arange(len(expert_N)) - first_E[expert_N], counts_E[expert_N], placement)
 
 

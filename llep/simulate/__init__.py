@@ -61,7 +61,7 @@ def simulate(
                 start_s = time.perf_counter()
                 plan = planner.plan(layer, counts_RE, loads_LE[layer], step.phase)
                 tally.plan_us.add((time.perf_counter() - start_s) * 1e6)
-                ratios += judge.judge(tally, layer, plan, resident_R, is_planned=not planner.is_static)
+                ratios += judge.judge(tally, layer, plan, resident_R, is_planned=planner.plans_batches(step.phase))
             if busy:
                 tally.series.add(ratios / len(busy))
             planner.seen(loads_LE)

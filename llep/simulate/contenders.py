@@ -16,7 +16,7 @@ from llep.errors import SettingsError
 from llep.plan import Plan
 from llep.planning import PLANNERS, plan_step
 from llep.planning.eplb import plan_eplb
-from llep.planning.peers import copies_of, plan_even_split, plan_exact, plan_lp_split, plan_optimum
+from llep.planning.peers import copies_of, holders_of, plan_even_split, plan_exact, plan_lp_split, plan_optimum
 from llep.planning.replicas import Forecast, Replica, ReplicaLimits, plan_replicas
 from llep.simulate.setup import Setup
 
@@ -26,14 +26,16 @@ Counts = npt.NDArray[np.int64]
 class Planner(Protocol):
     """A planner under simulation, with state over steps.
 
-    copies_LR: resident copies away from home. moved: copies made so far. is_static: nothing is decided per batch.
+    copies_LR: resident copies away from home. moved: copies made so far.
     """
 
     copies_LR: Counts
     moved: int
-    is_static: bool
 
     def plan(self, layer: int, counts_RE: Counts, tokens_E: Counts, phase: str) -> Plan: ...
+
+    def plans_batches(self, phase: str) -> bool:
+        """Whether something is decided for each batch, which takes time."""
 
     def seen(self, loads_LE: Counts) -> None:
         """Told after each step, for those that plan placements from windows of loads."""
@@ -41,8 +43,6 @@ class Planner(Protocol):
 
 class StepPlanner:
     """One of llep's step planners over fixed home ranks."""
-
-    is_static = False
 
     def __init__(self, name: str, setup: Setup) -> None:
         self.copies_LR = np.zeros((setup.shape.num_layers, setup.num_ranks), dtype=np.int64)
@@ -55,12 +55,18 @@ class StepPlanner:
     def plan(self, layer: int, counts_RE: Counts, tokens_E: Counts, phase: str) -> Plan:
         return plan_step(self._name, counts_RE, self._placements[layer], self._options[phase])
 
+    def plans_batches(self, phase: str) -> bool:
+        return True
+
     def seen(self, loads_LE: Counts) -> None:
         pass
 
 
 class ReplicaPlanner(StepPlanner):
-    """llep's resident replicas, planned anew after each window; then quota, with the lending pool or without."""
+    """llep's resident replicas, planned anew after each window; then quota, with the lending pool or without.
+
+    In decode nothing is planned per batch, as under CUDA graphs: an expert's tokens are split evenly over its copies.
+    """
 
     FORECAST_WINDOWS = 10  # the planner's windows in one of ours: it wants to see the spread
 
@@ -76,6 +82,15 @@ class ReplicaPlanner(StepPlanner):
         self._window_steps = setup.window_steps
         self._steps = 0
         self._replicas: tuple[Replica, ...] = ()
+        self._copies = [holders_of(placement) for placement in self._placements]
+
+    def plan(self, layer: int, counts_RE: Counts, tokens_E: Counts, phase: str) -> Plan:
+        if phase == "decode":
+            return plan_even_split(tokens_E, self._copies[layer])
+        return super().plan(layer, counts_RE, tokens_E, phase)
+
+    def plans_batches(self, phase: str) -> bool:
+        return phase != "decode"
 
     def seen(self, loads_LE: Counts) -> None:
         self._loads_LE += loads_LE
@@ -99,6 +114,7 @@ class ReplicaPlanner(StepPlanner):
             replace(placement, replicas=tuple(replicas))
             for placement, replicas in zip(self._placements, of_layer, strict=True)
         ]
+        self._copies = [holders_of(placement) for placement in self._placements]
 
 
 class CopiesPlanner:
@@ -114,7 +130,6 @@ class CopiesPlanner:
             )
         self.copies_LR = np.full((shape.num_layers, ranks), extra_per_rank, dtype=np.int64)
         self.moved = 0
-        self.is_static = split == "eplb"
         self._num_slots = shape.num_experts + extra_per_rank * ranks
         self._num_ranks, self._split = ranks, split
         self._window_steps, self._steps = setup.window_steps, 0
@@ -125,6 +140,9 @@ class CopiesPlanner:
 
     def plan(self, layer: int, counts_RE: Counts, tokens_E: Counts, phase: str) -> Plan:
         return (plan_lp_split if self._split == "lplb" else plan_even_split)(tokens_E, self._copies[layer])
+
+    def plans_batches(self, phase: str) -> bool:
+        return self._split == "lplb"
 
     def seen(self, loads_LE: Counts) -> None:
         self._loads_LE += loads_LE

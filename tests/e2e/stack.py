@@ -137,6 +137,11 @@ class Stack:
         assert len(found) == 1, f"{words}: {found}"
         return found[0]
 
+    def environment(self, name: str) -> str:
+        """What its control plane was told in this variable."""
+        variables = Path(f"/proc/{self.child('-m llep_server').pid}/environ").read_bytes().split(b"\0")
+        return dict(variable.decode().split("=", 1) for variable in variables if variable)[name]
+
     # What one asks it.
 
     def get(self, path: str, **query: Any) -> Any:

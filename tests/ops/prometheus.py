@@ -89,6 +89,12 @@ class Prometheus:
         alerts = self._get("alerts")["data"]["alerts"]
         return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
 
+    def own_metric(self, name: str) -> int:
+        """One of the counters that Prometheus keeps of itself."""
+        page = httpx.get(f"{self.url}/metrics", timeout=20, trust_env=False).text
+        (line,) = re.findall(rf"^{name} (.+)$", page, re.MULTILINE)
+        return int(float(line))
+
     def _get(self, path: str, **query: str) -> Any:
         response = httpx.get(f"{self.url}/api/v1/{path}", params=query, timeout=20, trust_env=False)
         assert response.status_code == 200, f"{query}: {response.text}"
@@ -101,10 +107,12 @@ def prometheus(
     targets: Mapping[str, str],
     rules: Mapping[str, Any] | None = None,
     alertmanager: str = "",
+    scrape_s: float = 1.0,
 ) -> Iterator[Prometheus]:
-    """targets: host:port by job, scraped every second; rules: a rules file's content, evaluated every second."""
+    """targets: host:port by job; rules: a rules file's content; scraped and evaluated every scrape_s seconds."""
+    every = f"{scrape_s:g}s"
     config: dict[str, Any] = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "global": {"scrape_interval": every, "evaluation_interval": every},
         "scrape_configs": [
             {"job_name": job, "static_configs": [{"targets": [target]}]} for job, target in targets.items()
         ],

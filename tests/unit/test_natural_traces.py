@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.natural.compare import results, table
 from llep.loads import home_loads, imbalance_ratio
 from llep.placement import Placement
 from llep.traces import Trace
@@ -53,3 +54,9 @@ def test_eight_ranks_are_skewed_in_every_domain() -> None:
             for tokens_E in step.counts_LRE.sum(axis=1)
         ]
         assert np.mean(ratios) > 1.3 and np.max(ratios) > 1.6
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_the_documented_table_is_that_of_the_results(phase: str) -> None:
+    text = (TRACES.parents[2] / "docs" / "natural-skew.md").read_text()
+    assert table(phase, *results(phase)) in text, "paste it: python -m bench.natural.compare --table"

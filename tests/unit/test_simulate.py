@@ -140,6 +140,21 @@ def test_peers_place_after_a_window_and_count_what_they_move() -> None:
     assert resident[1] > resident[0] - 2048 * 4 * 8 * 2 * 768
 
 
+def test_in_decode_copies_act_by_themselves_and_nothing_is_planned_per_batch() -> None:
+    """Where planning takes as long as the layer, copies must not be charged for it."""
+    options = replace(OPEN, cost_model=PRESETS["h200"])
+    steps = [step._replace(phase="decode") for step in steps_of("zipf:ratio=2.5", 30)]
+    names = ["home", "eplb+1", "replicas+1", "quota+1"]
+    home, eplb, *copies = summary(simulate(steps, setup(options=options, window_steps=10), names))["planners"]
+    for planner in copies:
+        series = planner["imbalance_ratio_by_steps"]["mean"]
+        assert series[:10] == pytest.approx(home["imbalance_ratio_by_steps"]["mean"][:10])
+        assert max(series[10:]) < min(home["imbalance_ratio_by_steps"]["mean"])
+        assert planner["lends"] == 0 and planner["decisions"] == {"replica": 60}
+        assert planner["predicted_s_per_step"] < home["predicted_s_per_step"]
+        assert 0 < planner["moved_copies"] < eplb["moved_copies"] / 4
+
+
 def test_the_optimum_is_below_everybody_under_the_same_limits() -> None:
     shape = replace(SHAPE, num_experts=8, layer_numbers=(0,))
     steps = generate_steps(Workload(kind="zipf", ratio=1.8), shape, num_ranks=4, tokens_per_rank=512, steps=5)
