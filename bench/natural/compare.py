@@ -124,7 +124,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("phases", nargs="*", metavar="phase", help="prefill, decode; both without")
     parser.add_argument("--append", action="store_true", help="add the lines to bench/results/natural.jsonl")
-    parser.add_argument("--table", action="store_true", help="print the tables of the results kept, and do nothing else")
+    parser.add_argument(
+        "--table", action="store_true", help="print the tables of the results kept, and do nothing else"
+    )
     asked = parser.parse_args()
     if asked.table:
         print("\n\n".join(table(phase, *results(phase)) for phase in asked.phases or TOKENS_PER_RANK))
