@@ -98,14 +98,20 @@ class Engine:
         self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], self._sampling, use_tqdm=False)
         seconds = time.perf_counter() - start
         after = self.reports()
-        moe = [b.layer_seconds - a.layer_seconds for a, b in zip(before, after, strict=True)]
+        moe = [
+            sum(b.layer_seconds.values()) - sum(a.layer_seconds.values()) for a, b in zip(before, after, strict=True)
+        ]
         return {"prefill_s": seconds, "moe_s": max(moe), **_loads(before[0], after[0])}
+
+
+def _layer_seconds(report: Report) -> float:
+    return sum(report.layer_seconds.values())
 
 
 def _loads(before: Report, after: Report) -> dict[str, float]:
     assert before.group is not None and after.group is not None
-    routed = after.group.routed_LR.numpy().sum(axis=0) - before.group.routed_LR.numpy().sum(axis=0)
-    computed = after.group.computed_LR.numpy().sum(axis=0) - before.group.computed_LR.numpy().sum(axis=0)
+    routed = (after.group.routed_PLR.numpy() - before.group.routed_PLR.numpy()).sum(axis=(0, 1))
+    computed = (after.group.computed_PLR.numpy() - before.group.computed_PLR.numpy()).sum(axis=(0, 1))
     total = max(int(routed.sum()), 1)
     return {"routed_share": float(routed.max() / total), "computed_share": float(computed.max() / total)}
 

@@ -144,6 +144,9 @@ class Settings(BaseModel):
     verify_sample_ratio: float = _hot(
         0.0, "share of steps whose lending layers are computed again by plain EP and compared", ge=0, le=1
     )
+    probe_ratio: float = _hot(
+        0.01, "share of steps that would lend computed by plain EP instead, to measure the gain; 0: none", ge=0, le=0.5
+    )
     cost_model: str = _cold(
         "", "h100, h200, b200 or a file of `llep calibrate`: plans that it says don't pay are not taken; empty: all are"
     )

@@ -7,7 +7,8 @@ Everything counted in a Report is cumulative since the worker started, so a lost
 next one says it all. Rank 0 speaks for its EP group about what all ranks hold alike (loads, decisions, lends); every
 rank speaks for itself about time and memory. Only real tokens count: no padding, dummy, profiling or warm-up step.
 
-Shape letters: L MoE layers (in order of layer_numbers), R ranks, E experts, S stages (before, after balancing).
+Shape letters: P phases of steps (prefill, decode), L MoE layers (in order of layer_numbers), R ranks, E experts,
+S stages (before, after balancing), K links (node, network).
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 # Upper bounds of histogram buckets; one more bucket follows for everything above.
 IMBALANCE_BUCKETS = (1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0, 64.0)
 SECONDS_BUCKETS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 STAGES = ("before", "after")
 STEP_PHASES = ("prefill", "decode")
+LINKS = ("node", "network")
 LAYER_PHASES = ("count", "plan", "lend", "dispatch", "compute", "combine")
+MOST_PLANS = 16  # sampled plans in one report
 
 
 class ProtocolMismatch(ValueError):
@@ -66,6 +69,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int
     slots_per_rank: int
     bytes_per_slot: int
+    replica_slots_per_rank: int  # resident replicas that each rank has room for, over all layers
+    ranks_per_node: int  # ranks 0..n-1 are node 0 and so on; 0: one node
+    has_cost_model: bool  # without one plans predict no gain
     max_model_len: int
     settings: dict[str, Any]  # at start, before any change at run time
     setting_sources: dict[str, str]
@@ -78,23 +84,67 @@ class Histogram(msgspec.Struct, frozen=True, array_like=True):
     sum: float
 
 
+class PlanSample(msgspec.Struct, frozen=True, kw_only=True):
+    """One layer of one step that moved something, as an example of what is done."""
+
+    id: int  # 1, 2, 3, ...
+    step: int
+    layer: int  # its place in layer_numbers
+    phase: str  # of the step
+    time_s: float  # unix time
+    decision: str  # llep.plan.Decision
+    tokens: int
+    routed_R: tuple[int, ...]  # pairs of each rank under plain EP
+    computed_R: tuple[int, ...]
+    lends: tuple[tuple[int, int, int, int], ...]  # expert, from rank, to rank, pairs
+    predicted_gain_s: float
+    layer_seconds: float  # wall time of rank 0 inside the layer
+
+
 class GroupLoads(msgspec.Struct, frozen=True, kw_only=True):
     """What all ranks of an EP group hold alike; reported by rank 0."""
 
-    tokens_L: Array  # int64: real tokens that went through each layer
-    routed_LE: Array  # int64: pairs routed to each expert
-    routed_LR: Array  # int64: pairs that plain EP would compute on each rank
-    computed_LR: Array  # int64: pairs computed on each rank
-    layer_steps_L: Array  # int64: steps with at least one real token
-    imbalance_sum_LS: Array  # float64: sum over those steps of the imbalance ratio
+    tokens_PL: Array  # int64: real tokens that went through each layer
+    routed_PLE: Array  # int64: pairs routed to each expert
+    routed_PLR: Array  # int64: pairs that plain EP would compute on each rank
+    computed_PLR: Array  # int64: pairs computed on each rank
+    layer_steps_PL: Array  # int64: steps with at least one real token
+    imbalance_sum_PLS: Array  # float64: sum over those steps of the imbalance ratio
+    balancedness_sum_PLS: Array  # float64: sum over those steps of mean / max
     imbalance_histograms: tuple[Histogram, Histogram]  # by stage, over layers and steps, IMBALANCE_BUCKETS
     decisions: dict[str, int]  # llep.plan.Decision -> layer-steps
     spilled_in_R: Array  # int64: pairs computed for other home ranks
     spilled_out_R: Array  # int64: pairs computed elsewhere
-    lends_in_R: Array  # int64
-    lends_out_R: Array  # int64
+    lends_L: Array  # int64: over all ranks
+    lends_in_RK: Array  # int64
+    lends_out_RK: Array  # int64
     bytes_per_lend: int
+    predicted_gain_s: float  # sum of what the plans predict, also those of mode shadow; 0 without a cost model
     last_plan_time_s: float  # unix time of the last decision, also 'do nothing'; 0 before the first
+    home_rank_LE: Array  # int16, fixed while the engine runs
+    plans: tuple[PlanSample, ...]  # the newest, by id
+
+
+class Worth(msgspec.Struct, frozen=True, kw_only=True):
+    """What lending is worth, measured: some of the steps that would lend are computed by plain EP instead.
+
+    seconds: wall time of this rank inside the layers that lent, or would have. pairs: those of the most loaded rank
+    under plain EP, so that sizes of batches cancel out. steps: that had such a layer.
+    """
+
+    lent_s: float = 0.0
+    lent_pairs: int = 0
+    lent_steps: int = 0
+    probed_s: float = 0.0
+    probed_pairs: int = 0
+    probed_steps: int = 0
+
+    @property
+    def gain_s(self) -> float | None:
+        """Seconds that lending has saved so far; None before the first probe."""
+        if not self.probed_pairs:
+            return None
+        return self.lent_pairs * (self.probed_s / self.probed_pairs) - self.lent_s
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
@@ -115,13 +165,36 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     live_since_step: int
     live_since_time_s: float
     last_apply_error: str  # '' or why the newest directive was refused
+    live_placement: int  # number of the placement that is switched on; 0: none
+    filled_placement: int  # copies that are in place already, of the placement under way
     phase_seconds: dict[str, Histogram]  # LAYER_PHASES, SECONDS_BUCKETS
-    layer_seconds: float  # wall time inside MoE layers
+    layer_seconds: dict[str, float]  # STEP_PHASES -> wall time inside MoE layers
+    worth: dict[str, Worth]  # STEP_PHASES -> what lending is worth, by this rank's clock
+    device_total_bytes: int  # this rank's device, or its part of the host's memory; 0: unknown
+    device_free_bytes: int
     memory_budget_bytes: int  # reserved for llep on this rank
     memory_used_bytes: int  # workspace, and slots in use in the last lending step
     memory_peak_bytes: int
+    replica_bytes: int  # of memory_budget_bytes, reserved for resident replicas
     errors: dict[str, int]  # 'component/type' -> count
     group: GroupLoads | None  # rank 0 only
+
+
+class PlacementOrder(msgspec.Struct, frozen=True):
+    """Which resident replicas an engine should have. number: the revision in which it was ordered."""
+
+    number: int
+    replicas: tuple[tuple[int, int, int], ...]  # (place in layer_numbers, expert, rank)
+    bytes_per_s: int  # most bytes that a rank sends, or receives, per second to fill them
+
+
+class RecordingOrder(msgspec.Struct, frozen=True):
+    """Record the counts of every step, from the step on at which the revision with this order goes live."""
+
+    id: str
+    until_s: float  # unix time at which it ends
+    max_steps: int  # 0: no limit
+    max_bytes: int
 
 
 class Directive(msgspec.Struct, frozen=True, kw_only=True, tag="directive"):
@@ -131,6 +204,8 @@ class Directive(msgspec.Struct, frozen=True, kw_only=True, tag="directive"):
     engine: str
     revision: int
     settings: dict[str, Any]
+    placement: PlacementOrder | None = None  # None: no resident replicas
+    recording: RecordingOrder | None = None
 
 
 class EngineName(msgspec.Struct, frozen=True):

@@ -26,6 +26,7 @@ class Decision(StrEnum):
     REPLICA = "replica"  # balanced by resident replicas alone
     BALANCED = "balanced"
     SMALL_BATCH = "small_batch"
+    PROBE = "probe"  # would lend, but is left to plain EP to measure what lending is worth
     NO_GAIN = "no_gain"
     NO_SLOT = "no_slot"
     MEMORY = "memory"

@@ -78,9 +78,9 @@ def measure(engine: Engine, workloads: Workloads, name: str, after: dict[str, An
 def _balance(before: Report, after: Report) -> dict[str, float]:
     """Mean over layers of the imbalance ratio, before and after balancing, and lends per layer and step."""
     assert before.group is not None and after.group is not None
-    sums_S = (after.group.imbalance_sum_LS.numpy() - before.group.imbalance_sum_LS.numpy()).sum(axis=0)
-    layer_steps = int((after.group.layer_steps_L.numpy() - before.group.layer_steps_L.numpy()).sum())
-    lends = int((after.group.lends_in_R.numpy() - before.group.lends_in_R.numpy()).sum())
+    sums_S = (after.group.imbalance_sum_PLS.numpy() - before.group.imbalance_sum_PLS.numpy()).sum(axis=(0, 1))
+    layer_steps = int((after.group.layer_steps_PL.numpy() - before.group.layer_steps_PL.numpy()).sum())
+    lends = int((after.group.lends_in_RK.numpy() - before.group.lends_in_RK.numpy()).sum())
     return {
         "ratio_before": float(sums_S[0]) / layer_steps,
         "ratio_after": float(sums_S[1]) / layer_steps,

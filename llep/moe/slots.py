@@ -10,6 +10,8 @@ import torch
 
 from llep.errors import UnsupportedConfiguration
 
+_CONTAINER = Path("/sys/fs/cgroup")
+
 
 def bytes_per_expert(weights: Mapping[str, torch.Tensor]) -> int:
     """Bytes of one expert: a row of every tensor whose first dimension is local experts."""
@@ -18,26 +20,46 @@ def bytes_per_expert(weights: Mapping[str, torch.Tensor]) -> int:
 
 def available_host_bytes() -> int | None:
     """Bytes that this machine, or the container, can still give to all its processes; None where nobody says."""
-    found = [bytes_left for bytes_left in (_machine_bytes(), _container_bytes()) if bytes_left is not None]
+    found = [
+        bytes_left for bytes_left in (_machine_bytes("MemAvailable"), _container_bytes()) if bytes_left is not None
+    ]
     return min(found, default=None)
 
 
-def _machine_bytes() -> int | None:
+def total_host_bytes() -> int | None:
+    """Bytes that this machine, or the container, has for all its processes; None where nobody says."""
+    return _least(_machine_bytes("MemTotal"), _container_limit())
+
+
+def _least(*known: int | None) -> int | None:
+    return min((value for value in known if value is not None), default=None)
+
+
+def _machine_bytes(field: str) -> int | None:
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        return int(fields[field].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
 
 
 def _container_bytes() -> int | None:
     """What a cgroup (version 2) leaves; file pages that can be dropped count as free."""
-    folder = Path("/sys/fs/cgroup")
+    limit = _container_limit()
+    if limit is None:
+        return None
     try:
-        limit, used = int((folder / "memory.max").read_text()), int((folder / "memory.current").read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        used = int((_CONTAINER / "memory.current").read_text())
+        stat = dict(line.split() for line in (_CONTAINER / "memory.stat").read_text().splitlines())
         return max(limit - used + int(stat["inactive_file"]), 0)
-    except (OSError, KeyError, ValueError):  # 'max': no limit
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _container_limit() -> int | None:
+    try:
+        return int((_CONTAINER / "memory.max").read_text())
+    except (OSError, ValueError):  # 'max': no limit
         return None
 
 

@@ -17,6 +17,8 @@ from llep.planning.home import plan_home
 # Of the largest output: what another order of additions, and rounding to the type, may change.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: its multiples are spread evenly, whatever share is taken
+
 
 @dataclass(frozen=True, slots=True)
 class Verification:
@@ -33,6 +35,15 @@ class Verification:
 def is_sampled(step: int, ratio: float) -> bool:
     """Whether this step is one of the `ratio` of all, evenly spread, that are verified: the same on all ranks."""
     return int((step + 1) * ratio) > int(step * ratio)
+
+
+def is_probe(step: int, probe_ratio: float, verify_sample_ratio: float) -> bool:
+    """Whether this step is a probe, `probe_ratio` of all, in no rhythm with anything: the same on all ranks.
+
+    A step that is verified never is: it must lend to be worth verifying.
+    """
+    is_chosen = step * _GOLDEN % (1 << 64) < probe_ratio * (1 << 64)
+    return is_chosen and not is_sampled(step, verify_sample_ratio)
 
 
 def verify(

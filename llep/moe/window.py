@@ -1,29 +1,66 @@
 """The load window of one rank: everything counted since the engine started, ready to be reported.
 
 Written by the thread that runs the forward pass, read by the one that reports.
+
+Shape letters as in llep.messages: P phases of steps, L layers, R ranks, E experts, S stages, K links.
 """
 
 from __future__ import annotations
 
 import bisect
+import random
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from llep.loads import imbalance_ratio
 from llep.messages import (
     IMBALANCE_BUCKETS,
     LAYER_PHASES,
+    LINKS,
+    MOST_PLANS,
     SECONDS_BUCKETS,
+    STAGES,
+    STEP_PHASES,
     Array,
     GroupLoads,
     Histogram,
+    PlanSample,
+    Worth,
 )
 from llep.moe.layer import Counts, PhaseTimes
-from llep.plan import Plan
+from llep.plan import Decision, Plan, node_of
+
+PLANS_PER_REPORT = 4
+UNMEASURED_STEPS = 2  # the first that lend, and the first probes, may compile kernels or touch memory first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerStep:
+    """One layer of one step with real tokens. planned: what was planned; is_moved: it was carried out (not in shadow).
+
+    is_verified: the layer was computed twice, so its time says nothing about what lending is worth.
+    """
+
+    step: int
+    phase: str
+    layer: int
+    counts_RE: Counts
+    planned: Plan
+    home_loads: Sequence[int]
+    is_moved: bool
+    is_verified: bool
+    times: PhaseTimes
+    seconds: float
+
+    @property
+    def lends(self) -> int:
+        return len(self.planned.lends) if self.is_moved else 0
 
 
 class _Buckets:
@@ -42,69 +79,126 @@ class _Buckets:
         return Histogram(tuple(self._counts), self._sum)
 
 
-class LoadWindow:
-    """Cumulative counters over L layers, R ranks and E experts; every rank of a group holds the same loads."""
+@dataclass(slots=True)
+class _Side:
+    """Steps that lend, or those that are computed by plain EP for comparison."""
 
-    def __init__(self, num_layers: int, ep_size: int, num_experts: int, top_k: int, bytes_per_lend: int) -> None:
+    seconds: float = 0.0
+    pairs: int = 0
+    steps: int = 0
+    skipped: int = 0
+    last_step: int = -1
+
+    def add(self, layer_step: LayerStep) -> None:
+        is_new = layer_step.step != self.last_step
+        self.last_step = layer_step.step
+        if is_new and self.skipped < UNMEASURED_STEPS:
+            self.skipped += 1
+        elif is_new:
+            self.steps += 1
+        if self.steps:
+            self.seconds += layer_step.seconds
+            self.pairs += max(layer_step.home_loads)
+
+
+class LoadWindow:
+    """Cumulative counters; every rank of a group holds the same loads, and its own times.
+
+    home_rank_LE: the home rank of each expert in each layer that is counted.
+    """
+
+    def __init__(
+        self,
+        home_rank_LE: npt.NDArray[np.int64],
+        ep_size: int,
+        top_k: int,
+        bytes_per_lend: int,
+        ranks_per_node: int | None = None,
+    ) -> None:
         self.lock = threading.Lock()
         self._top_k = top_k
         self._bytes_per_lend = bytes_per_lend
-        self._tokens_L = np.zeros(num_layers, np.int64)
-        self._routed_LE = np.zeros((num_layers, num_experts), np.int64)
-        self._routed_LR = np.zeros((num_layers, ep_size), np.int64)
-        self._computed_LR = np.zeros((num_layers, ep_size), np.int64)
-        self._layer_steps_L = np.zeros(num_layers, np.int64)
-        self._imbalance_sum_LS = np.zeros((num_layers, 2), np.float64)
+        self._ranks_per_node = ranks_per_node
+        self._home_rank_LE = home_rank_LE.astype(np.int16)
+        P, R, S, K = len(STEP_PHASES), ep_size, len(STAGES), len(LINKS)
+        L, E = home_rank_LE.shape
+        self._tokens_PL = np.zeros((P, L), np.int64)
+        self._routed_PLE = np.zeros((P, L, E), np.int64)
+        self._routed_PLR = np.zeros((P, L, R), np.int64)
+        self._computed_PLR = np.zeros((P, L, R), np.int64)
+        self._layer_steps_PL = np.zeros((P, L), np.int64)
+        self._imbalance_sum_PLS = np.zeros((P, L, S), np.float64)
+        self._balancedness_sum_PLS = np.zeros((P, L, S), np.float64)
         self._imbalance = (_Buckets(IMBALANCE_BUCKETS), _Buckets(IMBALANCE_BUCKETS))
-        self._spilled_in_R, self._spilled_out_R = np.zeros(ep_size, np.int64), np.zeros(ep_size, np.int64)
-        self._lends_in_R, self._lends_out_R = np.zeros(ep_size, np.int64), np.zeros(ep_size, np.int64)
+        self._spilled_in_R, self._spilled_out_R = np.zeros(R, np.int64), np.zeros(R, np.int64)
+        self._lends_L = np.zeros(L, np.int64)
+        self._lends_in_RK, self._lends_out_RK = np.zeros((R, K), np.int64), np.zeros((R, K), np.int64)
+        self._predicted_gain_s = 0.0
         self._last_plan_time_s = 0.0
         self._phases = {phase: _Buckets(SECONDS_BUCKETS) for phase in LAYER_PHASES}
+        self._lent = {phase: _Side() for phase in STEP_PHASES}
+        self._probed = {phase: _Side() for phase in STEP_PHASES}
+        self._samples = _Samples(top_k)
         self.decisions: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
-        self.layer_seconds = 0.0
+        self.layer_seconds = dict.fromkeys(STEP_PHASES, 0.0)
         self.slots_used = 0
         self.slots_peak = 0
 
-    def record(
-        self,
-        layer: int,
-        counts_RE: Counts,
-        planned: Plan,
-        home_loads: Sequence[int],
-        is_moved: bool,
-        slots_used: int,
-    ) -> None:
-        """Count one layer of one step with real tokens. is_moved: the plan was carried out, not only made (shadow)."""
+    def record(self, layer_step: LayerStep, slots_used: int = 0) -> None:
+        """Count one layer of one step. slots_used: of this rank's lending pool."""
+        at = STEP_PHASES.index(layer_step.phase), layer_step.layer
+        planned, home_loads = layer_step.planned, layer_step.home_loads
         planned_loads = planned.rank_loads
         before, after = imbalance_ratio(home_loads), imbalance_ratio(planned_loads)
-        routed_E = counts_RE.sum(axis=0)
+        routed_E = layer_step.counts_RE.sum(axis=0)
         with self.lock:
-            self._tokens_L[layer] += int(routed_E.sum()) // self._top_k
-            self._routed_LE[layer] += routed_E
-            self._routed_LR[layer] += home_loads
-            self._computed_LR[layer] += planned_loads if is_moved else home_loads
-            self._layer_steps_L[layer] += 1
-            self._imbalance_sum_LS[layer] += (before, after)
+            self._tokens_PL[at] += int(routed_E.sum()) // self._top_k
+            self._routed_PLE[at] += routed_E
+            self._routed_PLR[at] += home_loads
+            self._computed_PLR[at] += planned_loads if layer_step.is_moved else home_loads
+            self._layer_steps_PL[at] += 1
+            self._imbalance_sum_PLS[at] += (before, after)
+            self._balancedness_sum_PLS[at] += (1 / before, 1 / after)
             self._imbalance[0].add(before)
             self._imbalance[1].add(after)
             self.decisions[planned.decision.value] += 1
             self._last_plan_time_s = time.time()
-            if is_moved:
-                for lend in planned.lends:
-                    self._spilled_in_R[lend.dst_rank] += lend.tokens
-                    self._spilled_out_R[lend.src_rank] += lend.tokens
-                    self._lends_in_R[lend.dst_rank] += 1
-                    self._lends_out_R[lend.src_rank] += 1
+            if planned.decision in (Decision.LEND, Decision.REPLICA):
+                self._predicted_gain_s += max(planned.predicted_gain_s, 0.0)
+                self._samples.offer(layer_step)
+                if layer_step.is_moved:
+                    self._add_moves(layer_step)
+            self._add_times(layer_step)
             self.slots_used = slots_used
             self.slots_peak = max(self.slots_peak, slots_used)
 
-    def record_times(self, times: PhaseTimes, layer_seconds: float) -> None:
-        """Count this rank's time in one layer of one step with real tokens."""
-        with self.lock:
-            self.layer_seconds += layer_seconds
-            for phase, seconds in times.seconds.items():
-                self._phases[phase].add(seconds)
+    def _add_moves(self, layer_step: LayerStep) -> None:
+        planned = layer_step.planned
+        experts_S, ranks_S, starts_S, stops_S = planned.segments_S4.T
+        homes_S = planned.placement.home_rank_E[experts_S]
+        away_S = ranks_S != homes_S
+        np.add.at(self._spilled_in_R, ranks_S[away_S], (stops_S - starts_S)[away_S])
+        np.add.at(self._spilled_out_R, homes_S[away_S], (stops_S - starts_S)[away_S])
+        for hop in planned.transfers:
+            link = int(self._node_of(hop.src_rank) != self._node_of(hop.dst_rank))
+            self._lends_L[layer_step.layer] += 1
+            self._lends_in_RK[hop.dst_rank, link] += 1
+            self._lends_out_RK[hop.src_rank, link] += 1
+
+    def _add_times(self, layer_step: LayerStep) -> None:
+        self.layer_seconds[layer_step.phase] += layer_step.seconds
+        for phase, seconds in layer_step.times.seconds.items():
+            self._phases[phase].add(seconds)
+        if layer_step.is_verified:
+            return
+        if layer_step.planned.decision is Decision.PROBE:
+            self._probed[layer_step.phase].add(layer_step)
+        elif layer_step.lends:
+            self._lent[layer_step.phase].add(layer_step)
+
+    def _node_of(self, rank: int) -> int:
+        return node_of(rank, self._ranks_per_node)
 
     def record_error(self, component: str, kind: str) -> None:
         with self.lock:
@@ -113,21 +207,84 @@ class LoadWindow:
     def phase_seconds(self) -> dict[str, Histogram]:
         return {phase: buckets.histogram() for phase, buckets in self._phases.items()}
 
+    def worth(self) -> dict[str, Worth]:
+        """What lending is worth by this rank's clock; call with `lock` held."""
+        return {
+            phase: Worth(
+                lent_s=lent.seconds,
+                lent_pairs=lent.pairs,
+                lent_steps=lent.steps,
+                probed_s=probed.seconds,
+                probed_pairs=probed.pairs,
+                probed_steps=probed.steps,
+            )
+            for (phase, lent), probed in zip(self._lent.items(), self._probed.values(), strict=True)
+        }
+
     def group_loads(self) -> GroupLoads:
         """What all ranks hold alike; call with `lock` held."""
         return GroupLoads(
-            tokens_L=Array.of(self._tokens_L),
-            routed_LE=Array.of(self._routed_LE),
-            routed_LR=Array.of(self._routed_LR),
-            computed_LR=Array.of(self._computed_LR),
-            layer_steps_L=Array.of(self._layer_steps_L),
-            imbalance_sum_LS=Array.of(self._imbalance_sum_LS),
+            tokens_PL=Array.of(self._tokens_PL),
+            routed_PLE=Array.of(self._routed_PLE),
+            routed_PLR=Array.of(self._routed_PLR),
+            computed_PLR=Array.of(self._computed_PLR),
+            layer_steps_PL=Array.of(self._layer_steps_PL),
+            imbalance_sum_PLS=Array.of(self._imbalance_sum_PLS),
+            balancedness_sum_PLS=Array.of(self._balancedness_sum_PLS),
             imbalance_histograms=(self._imbalance[0].histogram(), self._imbalance[1].histogram()),
             decisions=dict(self.decisions),
             spilled_in_R=Array.of(self._spilled_in_R),
             spilled_out_R=Array.of(self._spilled_out_R),
-            lends_in_R=Array.of(self._lends_in_R),
-            lends_out_R=Array.of(self._lends_out_R),
+            lends_L=Array.of(self._lends_L),
+            lends_in_RK=Array.of(self._lends_in_RK),
+            lends_out_RK=Array.of(self._lends_out_RK),
             bytes_per_lend=self._bytes_per_lend,
+            predicted_gain_s=self._predicted_gain_s,
             last_plan_time_s=self._last_plan_time_s,
+            home_rank_LE=Array.of(self._home_rank_LE),
+            plans=self._samples.take(),
         )
+
+
+class _Samples:
+    """A fair choice of PLANS_PER_REPORT of the layer-steps since the last report, and the newest chosen before."""
+
+    def __init__(self, top_k: int) -> None:
+        self._top_k = top_k
+        self._rng = random.Random(0)
+        self._offered = 0
+        self._chosen: list[tuple[LayerStep, float]] = []
+        self._told: deque[PlanSample] = deque(maxlen=MOST_PLANS)
+        self._last_id = 0
+
+    def offer(self, layer_step: LayerStep) -> None:
+        self._offered += 1
+        if len(self._chosen) < PLANS_PER_REPORT:
+            self._chosen.append((layer_step, time.time()))
+        elif (place := self._rng.randrange(self._offered)) < PLANS_PER_REPORT:
+            self._chosen[place] = (layer_step, time.time())
+
+    def take(self) -> tuple[PlanSample, ...]:
+        for layer_step, time_s in sorted(self._chosen, key=lambda each: (each[0].step, each[0].layer)):
+            self._last_id += 1
+            self._told.append(_sample(self._last_id, layer_step, time_s, self._top_k))
+        self._offered, self._chosen = 0, []
+        return tuple(self._told)
+
+
+def _sample(number: int, layer_step: LayerStep, time_s: float, top_k: int) -> PlanSample:
+    planned = layer_step.planned
+    return PlanSample(
+        id=number,
+        step=layer_step.step,
+        layer=layer_step.layer,
+        phase=layer_step.phase,
+        time_s=time_s,
+        decision=planned.decision.value,
+        tokens=int(layer_step.counts_RE.sum()) // top_k,
+        routed_R=tuple(map(int, layer_step.home_loads)),
+        computed_R=tuple(planned.rank_loads),
+        lends=tuple((lend.expert, lend.src_rank, lend.dst_rank, lend.tokens) for lend in planned.lends),
+        predicted_gain_s=planned.predicted_gain_s,
+        layer_seconds=layer_step.seconds,
+    )

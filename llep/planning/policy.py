@@ -42,8 +42,12 @@ def decide(
     bytes_per_expert: int,
     ranks_per_node: int | None = None,
     cost_model: CostModel | None = None,
+    is_probe: bool = False,
 ) -> Plan:
-    """The plan of one layer: the same on every rank that holds the same counts, settings and cost model."""
+    """The plan of one layer: the same on every rank that holds the same counts, settings and cost model.
+
+    is_probe: what would lend is left to plain EP instead, as a measure of what lending is worth.
+    """
     reason = may_plan(settings, step, layer_number)
     if reason is not None:
         return plan_home(counts_RE.sum(axis=0).tolist(), placement, reason)
@@ -58,4 +62,5 @@ def decide(
         phase="prefill" if step.phase == "prefill" else "decode",
         cost_model=cost_model,
     )
-    return plan_step(settings.planner.value, counts_RE, placement, options)
+    plan = plan_step(settings.planner.value, counts_RE, placement, options)
+    return plan_home(counts_RE.sum(axis=0).tolist(), placement, Decision.PROBE) if is_probe and plan.lends else plan

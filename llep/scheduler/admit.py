@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -14,6 +15,8 @@ from llep.errors import SettingsError
 from llep.messages import (
     IMBALANCE_BUCKETS,
     LAYER_PHASES,
+    LINKS,
+    MOST_PLANS,
     SECONDS_BUCKETS,
     STAGES,
     STEP_PHASES,
@@ -21,8 +24,10 @@ from llep.messages import (
     EngineInfo,
     GroupLoads,
     Histogram,
+    PlanSample,
     ProtocolMismatch,
     Report,
+    Worth,
     decode_report,
 )
 from llep.plan import Decision
@@ -83,6 +88,9 @@ def start_settings(info: EngineInfo) -> Settings:
     for key, largest in _LARGEST.items():
         if not 1 <= getattr(info, key) <= largest:
             raise Refused(Refusal.ENGINE, f"{key}={getattr(info, key)} is not between 1 and {largest}")
+    for key in ("replica_slots_per_rank", "ranks_per_node"):
+        if not 0 <= getattr(info, key) <= LARGEST_COUNT:
+            raise Refused(Refusal.ENGINE, f"{key}={getattr(info, key)} is not between 0 and 2^62")
     if not 1 <= len(info.layer_numbers) <= _LARGEST_NUM_LAYERS:
         raise Refused(
             Refusal.ENGINE, f"{len(info.layer_numbers)} MoE layers is not between 1 and {_LARGEST_NUM_LAYERS}"
@@ -116,8 +124,9 @@ def counters(report: Report) -> Counters:
         "step": _number(report.step),
         "held_revision": _number(report.held_revision),
         "live_revision": _number(report.live_revision),
-        "layer_seconds": _number(report.layer_seconds),
         **_of_keys("steps", report.steps, STEP_PHASES),
+        **_of_keys("layer_seconds", report.layer_seconds, STEP_PHASES),
+        **_worth(report.worth),
         **_errors(report.errors),
     }
     for phase, histogram in report.phase_seconds.items():
@@ -140,42 +149,75 @@ def check_counters(new: Counters, before: Counters) -> None:
 
 
 def check_sums(found: Counters, top_k: int) -> None:
-    """Raises Refused unless, in every layer, routed and computed pairs are equal, namely tokens x top-k."""
-    pairs_L = found["tokens_L"] * top_k
-    for name in ("routed_LE", "routed_LR", "computed_LR"):
-        sums_L = found[name].sum(axis=1)
-        if not np.array_equal(sums_L, pairs_L):
-            layer = int(np.flatnonzero(sums_L != pairs_L)[0])
+    """Raises Refused unless, in every phase and layer, routed and computed pairs are equal, namely tokens x top-k."""
+    pairs_PL = found["tokens_PL"] * top_k
+    for name in ("routed_PLE", "routed_PLR", "computed_PLR"):
+        sums_PL = found[name].sum(axis=2)
+        if not np.array_equal(sums_PL, pairs_PL):
+            phase, layer = (int(index) for index in np.argwhere(sums_PL != pairs_PL)[0])
             raise Refused(
                 Refusal.SUMS,
-                f"{name} sums to {sums_L[layer]} in layer place {layer}, tokens x top-k is {pairs_L[layer]}",
+                f"{name} sums to {sums_PL[phase, layer]} in {STEP_PHASES[phase]}, layer place {layer}, "
+                f"tokens x top-k is {pairs_PL[phase, layer]}",
             )
 
 
 def _group_counters(group: GroupLoads, info: EngineInfo) -> Counters:
-    L, R, E, S = len(info.layer_numbers), info.ep_size, info.num_experts, len(STAGES)
+    P, L, R, E, S, K = (
+        *(len(STEP_PHASES), len(info.layer_numbers), info.ep_size, info.num_experts, len(STAGES), len(LINKS)),
+    )
     int64, float64 = "<i8", "<f8"
     found = {
-        "tokens_L": _array("tokens_L", group.tokens_L, int64, (L,)),
-        "routed_LE": _array("routed_LE", group.routed_LE, int64, (L, E)),
-        "routed_LR": _array("routed_LR", group.routed_LR, int64, (L, R)),
-        "computed_LR": _array("computed_LR", group.computed_LR, int64, (L, R)),
-        "layer_steps_L": _array("layer_steps_L", group.layer_steps_L, int64, (L,)),
-        "imbalance_sum_LS": _array("imbalance_sum_LS", group.imbalance_sum_LS, float64, (L, S)),
+        "tokens_PL": _array("tokens_PL", group.tokens_PL, int64, (P, L)),
+        "routed_PLE": _array("routed_PLE", group.routed_PLE, int64, (P, L, E)),
+        "routed_PLR": _array("routed_PLR", group.routed_PLR, int64, (P, L, R)),
+        "computed_PLR": _array("computed_PLR", group.computed_PLR, int64, (P, L, R)),
+        "layer_steps_PL": _array("layer_steps_PL", group.layer_steps_PL, int64, (P, L)),
+        "imbalance_sum_PLS": _array("imbalance_sum_PLS", group.imbalance_sum_PLS, float64, (P, L, S)),
+        "balancedness_sum_PLS": _array("balancedness_sum_PLS", group.balancedness_sum_PLS, float64, (P, L, S)),
         "spilled_in_R": _array("spilled_in_R", group.spilled_in_R, int64, (R,)),
         "spilled_out_R": _array("spilled_out_R", group.spilled_out_R, int64, (R,)),
-        "lends_in_R": _array("lends_in_R", group.lends_in_R, int64, (R,)),
-        "lends_out_R": _array("lends_out_R", group.lends_out_R, int64, (R,)),
+        "lends_L": _array("lends_L", group.lends_L, int64, (L,)),
+        "lends_in_RK": _array("lends_in_RK", group.lends_in_RK, int64, (R, K)),
+        "lends_out_RK": _array("lends_out_RK", group.lends_out_RK, int64, (R, K)),
         "bytes_per_lend": _number(group.bytes_per_lend),
+        "predicted_gain_s": _number(group.predicted_gain_s),
         **_of_keys("decisions", group.decisions, tuple(Decision)),
     }
+    home_rank_LE = _array("home_rank_LE", group.home_rank_LE, "<i2", (L, E))
+    if home_rank_LE.size and not 0 <= home_rank_LE.min() <= home_rank_LE.max() < R:
+        raise Refused(Refusal.COUNT, f"home_rank_LE holds a rank that is not between 0 and {R - 1}")
     for stage, histogram in zip(STAGES, group.imbalance_histograms, strict=True):
         found |= _histogram(f"imbalance.{stage}", histogram, len(IMBALANCE_BUCKETS) + 1)
+    _check_plans(group.plans, info)
     return found
 
 
+def _check_plans(plans: tuple[PlanSample, ...], info: EngineInfo) -> None:
+    ids = [plan.id for plan in plans]
+    if len(plans) > MOST_PLANS or ids != sorted(set(ids)):
+        raise Refused(Refusal.SHAPE, f"plans has {len(plans)} samples, above {MOST_PLANS} or not by growing id")
+    for plan in plans:
+        is_known = plan.decision in tuple(Decision) and plan.phase in STEP_PHASES
+        is_fitting = len(plan.routed_R) == len(plan.computed_R) == info.ep_size
+        if not (is_known and is_fitting and 0 <= plan.layer < len(info.layer_numbers)):
+            raise Refused(Refusal.SHAPE, f"plan {plan.id} has a decision, a phase, ranks or a layer that don't fit")
+        limits = (info.num_experts, info.ep_size, info.ep_size, LARGEST_COUNT)
+        if any(not 0 <= v < limit for lend in plan.lends for v, limit in zip(lend, limits, strict=True)):
+            raise Refused(Refusal.COUNT, f"plan {plan.id} lends an expert or to a rank that is not there")
+        numbers = (plan.id, plan.step, plan.time_s, plan.tokens, plan.layer_seconds, *plan.routed_R, *plan.computed_R)
+        check_counters({f"plan {plan.id}": np.array([*numbers, abs(plan.predicted_gain_s)], dtype=np.float64)}, {})
+
+
+def _worth(worth: Mapping[str, Worth]) -> Counters:
+    if unknown := worth.keys() - set(STEP_PHASES):
+        raise Refused(Refusal.SHAPE, f"worth has the key {sorted(unknown)[0]!r}, not one of {', '.join(STEP_PHASES)}")
+    return {f"worth.{phase}": _number(msgspec.structs.astuple(value)) for phase, value in worth.items()}
+
+
 def _array(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    if array.dtype != dtype or array.shape != shape or len(array.data) != 8 * int(np.prod(shape)):
+    num_bytes = np.dtype(dtype).itemsize * int(np.prod(shape))
+    if array.dtype != dtype or array.shape != shape or len(array.data) != num_bytes:
         raise Refused(
             Refusal.SHAPE,
             f"{name} is {array.dtype} {list(array.shape)} of {len(array.data)} bytes, not {dtype} {list(shape)}",
@@ -183,7 +225,7 @@ def _array(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> npt.N
     return array.numpy()
 
 
-def _of_keys(name: str, values: Mapping[str, int], keys: tuple[str, ...]) -> Counters:
+def _of_keys(name: str, values: Mapping[str, float], keys: tuple[str, ...]) -> Counters:
     if unknown := values.keys() - set(keys):
         raise Refused(Refusal.SHAPE, f"{name} has the key {sorted(unknown)[0]!r}, not one of {', '.join(keys)}")
     return {f"{name}.{key}": _number(value) for key, value in values.items()}
@@ -208,16 +250,22 @@ def _check_gauges(report: Report) -> None:
         "counting_s",
         "live_since_step",
         "live_since_time_s",
+        "live_placement",
+        "filled_placement",
+        "device_total_bytes",
+        "device_free_bytes",
         "memory_budget_bytes",
         "memory_used_bytes",
+        "memory_peak_bytes",
+        "replica_bytes",
     )
-    values = {name: _number(getattr(report, name)) for name in (*gauges, "memory_peak_bytes")}
+    values = {name: _number(getattr(report, name)) for name in gauges}
     if report.group is not None:
         values["last_plan_time_s"] = _number(report.group.last_plan_time_s)
     check_counters(values, {})
 
 
-def _number(value: float | tuple[int, ...]) -> npt.NDArray[np.float64]:
+def _number(value: float | tuple[float, ...]) -> npt.NDArray[np.float64]:
     # Floats, because msgpack's integers go beyond int64.
     return np.array(value, dtype=np.float64)
 

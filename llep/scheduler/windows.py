@@ -266,19 +266,19 @@ def _put(engine: Engine, report: Report, found: Counters, now_s: float) -> None:
 
 def _snapshot(engine: Engine, report: Report, found: Counters, now_s: float) -> Snapshot:
     assert report.group is not None
-    lends = int(found["lends_in_R"].sum())
+    lends = int(found["lends_in_RK"].sum())
     return Snapshot(
         time_s=now_s,
-        tokens=int(found["tokens_L"].max()),
-        layer_steps=int(found["layer_steps_L"].sum()),
-        imbalance_sum_S=found["imbalance_sum_LS"].sum(axis=0),
-        routed_R=found["routed_LR"].sum(axis=0),
-        computed_R=found["computed_LR"].sum(axis=0),
+        tokens=int(found["tokens_PL"].sum(axis=0).max()),
+        layer_steps=int(found["layer_steps_PL"].sum()),
+        imbalance_sum_S=found["imbalance_sum_PLS"].sum(axis=(0, 1)),
+        routed_R=found["routed_PLR"].sum(axis=(0, 1)),
+        computed_R=found["computed_PLR"].sum(axis=(0, 1)),
         lends=lends,
         lend_bytes=lends * report.group.bytes_per_lend,
         spilled_tokens=int(found["spilled_in_R"].sum()),
         decisions=report.group.decisions,
-        layer_seconds=sum(r.layer_seconds for r in engine.reports.values()) / engine.info.ep_size,
+        layer_seconds=sum(sum(r.layer_seconds.values()) for r in engine.reports.values()) / engine.info.ep_size,
     )
 
 

@@ -31,10 +31,10 @@ from llep.loads import home_loads, imbalance_ratio
 from llep.messages import PROTOCOL, EngineInfo, Report
 from llep.moe.agreement import HEADER_SIZE, AgreedSettings, RanksDisagree, agreed_step
 from llep.moe.layer import Counts, LayerResult, LeastLoadedMoE
-from llep.moe.slots import LendingPool, available_host_bytes, bytes_per_expert
+from llep.moe.slots import LendingPool, available_host_bytes, bytes_per_expert, total_host_bytes
 from llep.moe.transport import Transport
-from llep.moe.verify import is_sampled, verify
-from llep.moe.window import LoadWindow
+from llep.moe.verify import is_probe, is_sampled, verify
+from llep.moe.window import LayerStep, LoadWindow
 from llep.moe.workspace import Workspace
 from llep.placement import Placement, ranks_per_node
 from llep.plan import Decision, Plan
@@ -219,11 +219,11 @@ class Rank:
         are balanced like all others, but not counted."""
         first = self.layers[0]
         self._window = LoadWindow(
-            num_layers=len(self.layers),
+            np.array([layer.placement.home_rank for layer in self.layers]),
             ep_size=self._transport.size,
-            num_experts=len(first.local_ids),
             top_k=first.experts.top_k,
             bytes_per_lend=first.bytes_per_expert,
+            ranks_per_node=self._ranks_per_node,
         )
         self._info = self._engine_info(first)
         socket_path = str(Path(tempfile.gettempdir()) / f"llep-{os.getuid()}" / f"{self._incarnation}.sock")
@@ -261,6 +261,9 @@ class Rank:
             top_k=layer.experts.top_k,
             slots_per_rank=pool.slots,
             bytes_per_slot=layer.bytes_per_expert,
+            replica_slots_per_rank=0,
+            ranks_per_node=self._ranks_per_node or 0,
+            has_cost_model=self._cost_model is not None,
             max_model_len=model.max_model_len,
             settings=self._start_settings.dump(),
             setting_sources=self._sources,
@@ -332,11 +335,12 @@ class Rank:
             result = moe.forward_replicated(hidden_TH[:rows], gates_TK[:rows], ids_TK[:rows], decide_plan, agree=agree)
         else:
             result = moe.forward_sharded(hidden_TH[:rows], gates_TK[:rows], ids_TK[:rows], decide_plan)
-        if result.plan.lends and is_sampled(self._step_number, step.settings.verify_sample_ratio):
+        is_verified = bool(result.plan.lends) and is_sampled(self._step_number, step.settings.verify_sample_ratio)
+        if is_verified:
             result = self._verified(layer, result, hidden_TH[:rows], gates_TK[:rows], ids_TK[:rows])
         is_counted = layer.index < len(self._info.layer_numbers)
         if step.is_real and is_counted and step.settings.mode is not Mode.OFF:
-            self._record(layer, step, result, time.perf_counter() - start)
+            self._record(layer, step, result, time.perf_counter() - start, is_verified=is_verified)
         if rows == len(hidden_TH):
             return result.output_TH
         output_TH = torch.zeros_like(hidden_TH)
@@ -379,8 +383,9 @@ class Rank:
         counts_RE[: len(counts_QE)] = counts_QE
         if not self._is_trusted:
             return plan_home(counts_QE.sum(axis=0).tolist(), layer.placement, Decision.ERROR)
+        settings = step.settings
         return decide(
-            step.settings,
+            settings,
             step.step,
             layer.number,
             counts_RE,
@@ -388,9 +393,13 @@ class Rank:
             layer.bytes_per_expert,
             self._ranks_per_node,
             self._cost_model,
+            is_probe=settings.mode is Mode.ACTIVE
+            and is_probe(self._step_number, settings.probe_ratio, settings.verify_sample_ratio),
         )
 
-    def _record(self, layer: RankLayer, step: RankStep, result: LayerResult, seconds: float) -> None:
+    def _record(
+        self, layer: RankLayer, step: RankStep, result: LayerResult, seconds: float, *, is_verified: bool
+    ) -> None:
         assert self._window is not None
         is_moved = step.settings.mode is not Mode.SHADOW
         planned = result.plan if is_moved else self._plan(layer, step, result.counts_RE)
@@ -409,8 +418,19 @@ class Rank:
                 imbalance_ratio(loads),
                 imbalance_ratio(planned.rank_loads),
             )
-        self._window.record(layer.index, result.counts_RE, planned, loads, is_moved, slots_used)
-        self._window.record_times(result.times, seconds)
+        layer_step = LayerStep(
+            step=self._step_number,
+            phase=step.step.phase,
+            layer=layer.index,
+            counts_RE=result.counts_RE,
+            planned=planned,
+            home_loads=loads,
+            is_moved=is_moved,
+            is_verified=is_verified,
+            times=result.times,
+            seconds=seconds,
+        )
+        self._window.record(layer_step, slots_used)
         if self._recording is not None:
             self._recording.add(self._step_number, step.step.phase, layer.index, result.counts_RE)
 
@@ -424,6 +444,7 @@ class Rank:
         agreed = self.agreed
         per_slot = self._info.bytes_per_slot
         workspace_bytes = sum(workspace.bytes for workspace in self._workspaces.values())
+        free_bytes, total_bytes = self._device_bytes()
         with window.lock:
             return Report(
                 protocol=PROTOCOL,
@@ -441,14 +462,27 @@ class Rank:
                 live_since_step=agreed.live_since_step,
                 live_since_time_s=agreed.live_since_time_s,
                 last_apply_error=agreed.last_error,
+                live_placement=0,
+                filled_placement=0,
                 phase_seconds=window.phase_seconds(),
-                layer_seconds=window.layer_seconds,
+                layer_seconds=dict(window.layer_seconds),
+                worth=window.worth(),
+                device_total_bytes=total_bytes,
+                device_free_bytes=free_bytes,
                 memory_budget_bytes=sum(pool.bytes for pool in self._pools.values()) + workspace_bytes,
                 memory_used_bytes=window.slots_used * per_slot + workspace_bytes,
                 memory_peak_bytes=window.slots_peak * per_slot + workspace_bytes,
+                replica_bytes=0,
                 errors=dict(window.errors),
                 group=window.group_loads() if self._transport.rank == 0 else None,
             )
+
+    def _device_bytes(self) -> tuple[int, int]:
+        """(free, total) bytes of this rank's device, or its part of the host's; 0 where nobody says."""
+        if self._transport.device.type == "cuda":
+            return torch.cuda.mem_get_info(self._transport.device)
+        sharing = self._machines.count(self._machines[self._transport.rank])
+        return (available_host_bytes() or 0) // sharing, (total_host_bytes() or 0) // sharing
 
 
 def _digest(text: str) -> int:

@@ -33,6 +33,10 @@ def _in_and_out(incoming: Iterable[int], outgoing: Iterable[int], factor: int = 
         yield from (((str(rank), direction), int(value) * factor) for rank, value in enumerate(values))
 
 
+def _lends(group: GroupLoads) -> tuple[Iterable[int], Iterable[int]]:
+    return group.lends_in_RK.numpy().sum(axis=1), group.lends_out_RK.numpy().sum(axis=1)
+
+
 def _info(engine: ScrapedEngine) -> Iterable[Sample]:
     info = engine.info
     planner = str(engine.setting("planner"))
@@ -103,7 +107,7 @@ def _errors(engine: ScrapedEngine) -> Iterable[Sample]:
 def _layer_imbalance(engine: ScrapedEngine) -> Iterable[Sample]:
     if engine.group is None:
         return
-    steps, sums = engine.group.layer_steps_L.numpy(), engine.group.imbalance_sum_LS.numpy()
+    steps, sums = (a.numpy().sum(axis=0) for a in (engine.group.layer_steps_PL, engine.group.imbalance_sum_PLS))
     for index, layer in enumerate(engine.info.layer_numbers):
         for stage, name in enumerate(STAGES):
             yield (str(layer), name), Observed(int(steps[index]), float(sums[index, stage]))
@@ -112,7 +116,7 @@ def _layer_imbalance(engine: ScrapedEngine) -> Iterable[Sample]:
 def _layer_rank_computed(engine: ScrapedEngine) -> Iterable[Sample]:
     if engine.group is None:
         return
-    for layer, by_rank in zip(engine.info.layer_numbers, engine.group.computed_LR.numpy(), strict=True):
+    for layer, by_rank in zip(engine.info.layer_numbers, engine.group.computed_PLR.numpy().sum(axis=0), strict=True):
         yield from (((str(layer), str(rank)), int(tokens)) for rank, tokens in enumerate(by_rank))
 
 
@@ -243,7 +247,7 @@ FAMILIES: tuple[Family, ...] = (
         "Real tokens that went through the model, without padding and dummy steps.",
         (),
         Level.RANK,
-        _group(lambda group: [((), int(group.tokens_L.numpy().max()))]),
+        _group(lambda group: [((), int(group.tokens_PL.numpy().sum(axis=0).max()))]),
     ),
     Family(
         "llep_last_plan_timestamp_seconds",
@@ -267,7 +271,7 @@ FAMILIES: tuple[Family, ...] = (
         "Token-expert pairs that plain EP would have computed on the rank, over all layers.",
         ("ep_rank",),
         Level.RANK,
-        _group(lambda group: _by_rank(group.routed_LR.numpy().sum(axis=0))),
+        _group(lambda group: _by_rank(group.routed_PLR.numpy().sum(axis=(0, 1)))),
     ),
     Family(
         "llep_rank_computed_tokens_total",
@@ -275,7 +279,7 @@ FAMILIES: tuple[Family, ...] = (
         "Token-expert pairs computed on the rank, over all layers.",
         ("ep_rank",),
         Level.RANK,
-        _group(lambda group: _by_rank(group.computed_LR.numpy().sum(axis=0))),
+        _group(lambda group: _by_rank(group.computed_PLR.numpy().sum(axis=(0, 1)))),
     ),
     Family(
         "llep_imbalance_ratio",
@@ -299,7 +303,7 @@ FAMILIES: tuple[Family, ...] = (
         "Expert weights copied for one layer of one step: in, received; out, sent.",
         ("ep_rank", "direction"),
         Level.RANK,
-        _group(lambda group: _in_and_out(group.lends_in_R.numpy(), group.lends_out_R.numpy())),
+        _group(lambda group: _in_and_out(*_lends(group))),
     ),
     Family(
         "llep_lend_bytes_total",
@@ -307,7 +311,7 @@ FAMILIES: tuple[Family, ...] = (
         "Bytes of expert weights copied: in, received; out, sent.",
         ("ep_rank", "direction"),
         Level.RANK,
-        _group(lambda group: _in_and_out(group.lends_in_R.numpy(), group.lends_out_R.numpy(), group.bytes_per_lend)),
+        _group(lambda group: _in_and_out(*_lends(group), group.bytes_per_lend)),
     ),
     Family(
         "llep_phase_seconds",
@@ -323,7 +327,7 @@ FAMILIES: tuple[Family, ...] = (
         "Wall time that the rank spent inside MoE layers, waiting for other ranks included.",
         ("ep_rank",),
         Level.RANK,
-        _each_rank("layer_seconds"),
+        lambda engine: (((str(r.rank),), sum(r.layer_seconds.values())) for r in engine.reports),
     ),
     Family(
         "llep_memory_budget_bytes",

@@ -92,7 +92,11 @@ class HotExperts:
     def state_of(self, snapshot: EngineSnapshot, now_s: float) -> ScrapedEngine:
         reports = [snapshot.reports[rank] for rank in sorted(snapshot.reports)]
         group = reports[0].group
-        hot = self._ratios(snapshot.engine, reports[0].incarnation, group.routed_LE.numpy(), now_s) if group else []
+        hot = (
+            self._ratios(snapshot.engine, reports[0].incarnation, group.routed_PLE.numpy().sum(axis=0), now_s)
+            if group
+            else []
+        )
         return ScrapedEngine(snapshot=snapshot, reports=reports, hot_ratios=hot)
 
     def forget_all_but(self, engines: Iterable[str]) -> None:

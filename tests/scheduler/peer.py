@@ -26,12 +26,14 @@ from llep.messages import (
     LAYER_PHASES,
     PROTOCOL,
     SECONDS_BUCKETS,
+    STEP_PHASES,
     Array,
     Directive,
     EngineInfo,
     GroupLoads,
     Histogram,
     Report,
+    Worth,
     decode_directive,
     encode,
 )
@@ -61,7 +63,7 @@ class Workers:
         self.tokens_L = np.zeros(num_layers, dtype=np.int64)
         self.routed_LE = np.zeros((num_layers, self.num_experts), dtype=np.int64)
         self.computed_LR = np.zeros((num_layers, ep_size), dtype=np.int64)
-        self.imbalance_LS = np.zeros((num_layers, 2))
+        self.imbalance_LS, self.balancedness_LS = np.zeros((num_layers, 2)), np.zeros((num_layers, 2))
         self.lends_R = np.zeros(ep_size, dtype=np.int64)
         self.decisions: Counter[str] = Counter()
 
@@ -96,7 +98,9 @@ class Workers:
         self.tokens_L[layer] += tokens
         self.routed_LE[layer] += counts_E
         self.computed_LR[layer] += computed_R
-        self.imbalance_LS[layer] += imbalance_ratio(routed_R), imbalance_ratio(computed_R)
+        ratios = imbalance_ratio(routed_R), imbalance_ratio(computed_R)
+        self.imbalance_LS[layer] += ratios
+        self.balancedness_LS[layer] += [1 / ratio for ratio in ratios]
 
     def reports(self) -> list[Report]:
         self.seq += 1
@@ -120,10 +124,16 @@ class Workers:
             live_since_time_s=time.time(),
             last_apply_error=self.last_apply_error,
             phase_seconds={phase: Histogram((0,) * (len(SECONDS_BUCKETS) + 1), 0.0) for phase in LAYER_PHASES},
-            layer_seconds=0.001 * self.step_number,
+            live_placement=0,
+            filled_placement=0,
+            layer_seconds={"prefill": 0.001 * self.step_number, "decode": 0.0},
+            worth={phase: Worth() for phase in STEP_PHASES},
+            device_total_bytes=16 << 30,
+            device_free_bytes=8 << 30,
             memory_budget_bytes=4 * BYTES_PER_SLOT,
             memory_used_bytes=rank * BYTES_PER_SLOT,
             memory_peak_bytes=rank * BYTES_PER_SLOT,
+            replica_bytes=0,
             errors=self.errors,
             group=self._group() if rank == 0 else None,
         )
@@ -145,6 +155,9 @@ class Workers:
             top_k=self.top_k,
             slots_per_rank=4,
             bytes_per_slot=BYTES_PER_SLOT,
+            replica_slots_per_rank=8,
+            ranks_per_node=0,
+            has_cost_model=False,
             max_model_len=1024,
             settings=self.start.dump(),
             setting_sources=dict.fromkeys(Settings.model_fields, "environment"),
@@ -153,22 +166,34 @@ class Workers:
     def _group(self) -> GroupLoads:
         layer_steps_L = np.full(self.num_layers, self.step_number, dtype=np.int64)
         histogram = Histogram((*(0 for _ in IMBALANCE_BUCKETS), int(layer_steps_L.sum())), 0.0)
+        lends_RK = np.stack((self.lends_R, np.zeros_like(self.lends_R)), axis=1)
+        homes_E = np.arange(self.num_experts) // 2
         return GroupLoads(
-            tokens_L=Array.of(self.tokens_L),
-            routed_LE=Array.of(self.routed_LE),
-            routed_LR=Array.of(self.routed_LR),
-            computed_LR=Array.of(self.computed_LR),
-            layer_steps_L=Array.of(layer_steps_L),
-            imbalance_sum_LS=Array.of(self.imbalance_LS),
+            tokens_PL=_in_prefill(self.tokens_L),
+            routed_PLE=_in_prefill(self.routed_LE),
+            routed_PLR=_in_prefill(self.routed_LR),
+            computed_PLR=_in_prefill(self.computed_LR),
+            layer_steps_PL=_in_prefill(layer_steps_L),
+            imbalance_sum_PLS=_in_prefill(self.imbalance_LS),
+            balancedness_sum_PLS=_in_prefill(self.balancedness_LS),
             imbalance_histograms=(histogram, histogram),
             decisions=dict(self.decisions),
             spilled_in_R=Array.of(10 * self.lends_R),
             spilled_out_R=Array.of(10 * self.lends_R),
-            lends_in_R=Array.of(self.lends_R),
-            lends_out_R=Array.of(self.lends_R),
+            lends_L=Array.of(np.full(self.num_layers, self.lends_R.sum() // self.num_layers)),
+            lends_in_RK=Array.of(lends_RK),
+            lends_out_RK=Array.of(lends_RK),
             bytes_per_lend=BYTES_PER_SLOT,
+            predicted_gain_s=0.0,
             last_plan_time_s=time.time(),
+            home_rank_LE=Array.of(np.tile(homes_E, (self.num_layers, 1)).astype(np.int16)),
+            plans=(),
         )
+
+
+def _in_prefill(values: np.ndarray[Any, Any]) -> Array:
+    """[L, ...], all of it counted in prefill, as [P, L, ...]."""
+    return Array.of(np.stack((values, np.zeros_like(values))))
 
 
 def main() -> None:

@@ -16,12 +16,14 @@ from llep.messages import (
     LAYER_PHASES,
     PROTOCOL,
     SECONDS_BUCKETS,
+    STEP_PHASES,
     Array,
     Directive,
     EngineInfo,
     GroupLoads,
     Histogram,
     Report,
+    Worth,
 )
 from llep.placement import Placement
 from llep.plan import Decision
@@ -55,22 +57,24 @@ class Engine:
         self.revision = 0
         self.apply_error = ""
         self.steps = Counter({"prefill": 0, "decode": 0})
-        self.tokens_L = np.zeros(L, np.int64)
-        self.routed_LE = np.zeros((L, E), np.int64)
-        self.routed_LR = np.zeros((L, R), np.int64)
-        self.computed_LR = np.zeros((L, R), np.int64)
-        self.layer_steps_L = np.zeros(L, np.int64)
-        self.imbalance_sum_LS = np.zeros((L, 2))
+        P = len(STEP_PHASES)
+        self.tokens_PL = np.zeros((P, L), np.int64)
+        self.routed_PLE = np.zeros((P, L, E), np.int64)
+        self.routed_PLR = np.zeros((P, L, R), np.int64)
+        self.computed_PLR = np.zeros((P, L, R), np.int64)
+        self.layer_steps_PL = np.zeros((P, L), np.int64)
+        self.imbalance_sum_PLS, self.balancedness_sum_PLS = np.zeros((P, L, 2)), np.zeros((P, L, 2))
         self.imbalance_counts = np.zeros((2, len(IMBALANCE_BUCKETS) + 1), np.int64)
         self.spilled_in_R, self.spilled_out_R = np.zeros(R, np.int64), np.zeros(R, np.int64)
-        self.lends_in_R, self.lends_out_R = np.zeros(R, np.int64), np.zeros(R, np.int64)
+        self.lends_L = np.zeros(L, np.int64)
+        self.lends_in_RK, self.lends_out_RK = np.zeros((R, 2), np.int64), np.zeros((R, 2), np.int64)
         self.decisions: Counter[str] = Counter()
         self.placement = Placement.linear(E, R, self.slots_per_rank)
 
     def run(self, tokens: int = 1024, hot_share: float = 0.9, phase: str = "prefill") -> None:
         self.steps[phase] += 1
         for layer in range(len(self.layer_numbers)):
-            self._run_layer(layer, tokens, hot_share)
+            self._run_layer(phase, layer, tokens, hot_share)
 
     def take(self, directive: Directive) -> None:
         """Run under what the scheduler says, from now on."""
@@ -80,7 +84,7 @@ class Engine:
         self.seq += 1
         return [self._report(rank) for rank in range(self.ep_size)]
 
-    def _run_layer(self, layer: int, tokens: int, hot_share: float) -> None:
+    def _run_layer(self, phase: str, layer: int, tokens: int, hot_share: float) -> None:
         seed = self.seed + 1000 * layer + self.steps.total()
         counts_RE = skewed_counts(1, self.num_experts, tokens * self.top_k, [0, 1], hot_share, seed)
         counts_RE = np.vstack([counts_RE, np.zeros((self.ep_size - 1, self.num_experts), np.int64)])
@@ -92,19 +96,22 @@ class Engine:
         routed_R = np.zeros(self.ep_size, np.int64)
         np.add.at(routed_R, np.array(self.placement.home_rank), counts_E)
         computed_R = np.array(plan.rank_loads, np.int64)
-        self.tokens_L[layer] += tokens
-        self.routed_LE[layer] += counts_E
-        self.routed_LR[layer] += routed_R
-        self.computed_LR[layer] += computed_R
-        self.layer_steps_L[layer] += 1
+        at = STEP_PHASES.index(phase), layer
+        self.tokens_PL[at] += tokens
+        self.routed_PLE[at] += counts_E
+        self.routed_PLR[at] += routed_R
+        self.computed_PLR[at] += computed_R
+        self.layer_steps_PL[at] += 1
         self.decisions[str(plan.decision)] += 1
         for stage, loads in enumerate((routed_R, computed_R)):
             ratio = imbalance_ratio(loads)
-            self.imbalance_sum_LS[layer, stage] += ratio
+            self.imbalance_sum_PLS[(*at, stage)] += ratio
+            self.balancedness_sum_PLS[(*at, stage)] += 1 / ratio
             self.imbalance_counts[stage, np.searchsorted(IMBALANCE_BUCKETS, ratio)] += 1
         for lend in plan.lends:
-            self.lends_in_R[lend.dst_rank] += 1
-            self.lends_out_R[lend.src_rank] += 1
+            self.lends_L[layer] += 1
+            self.lends_in_RK[lend.dst_rank, 0] += 1
+            self.lends_out_RK[lend.src_rank, 0] += 1
             self.spilled_in_R[lend.dst_rank] += lend.tokens
             self.spilled_out_R[lend.src_rank] += lend.tokens
 
@@ -126,10 +133,16 @@ class Engine:
             live_since_time_s=1_700_000_000.0,
             last_apply_error=self.apply_error,
             phase_seconds={phase: self._phase(index, rank) for index, phase in enumerate(LAYER_PHASES)},
-            layer_seconds=0.5 * self.steps.total(),
+            live_placement=0,
+            filled_placement=0,
+            layer_seconds={phase: 0.5 * steps for phase, steps in self.steps.items()},
+            worth={phase: Worth() for phase in STEP_PHASES},
+            device_total_bytes=16 << 30,
+            device_free_bytes=8 << 30,
             memory_budget_bytes=self.slots_per_rank * BYTES_PER_SLOT,
             memory_used_bytes=rank * BYTES_PER_SLOT,
             memory_peak_bytes=self.slots_per_rank * BYTES_PER_SLOT,
+            replica_bytes=0,
             errors=self.errors,
             group=self._group() if rank == 0 else None,
         )
@@ -151,6 +164,9 @@ class Engine:
             top_k=self.top_k,
             slots_per_rank=self.slots_per_rank,
             bytes_per_slot=BYTES_PER_SLOT,
+            replica_slots_per_rank=0,
+            ranks_per_node=0,
+            has_cost_model=False,
             max_model_len=4096,
             settings=self.start_settings,
             setting_sources=dict.fromkeys(self.start_settings, "default"),
@@ -163,22 +179,27 @@ class Engine:
 
     def _group(self) -> GroupLoads:
         before, after = (
-            Histogram(tuple(map(int, self.imbalance_counts[stage])), float(self.imbalance_sum_LS[:, stage].sum()))
+            Histogram(tuple(map(int, self.imbalance_counts[stage])), float(self.imbalance_sum_PLS[:, :, stage].sum()))
             for stage in (0, 1)
         )
         return GroupLoads(
-            tokens_L=Array.of(self.tokens_L),
-            routed_LE=Array.of(self.routed_LE),
-            routed_LR=Array.of(self.routed_LR),
-            computed_LR=Array.of(self.computed_LR),
-            layer_steps_L=Array.of(self.layer_steps_L),
-            imbalance_sum_LS=Array.of(self.imbalance_sum_LS),
+            tokens_PL=Array.of(self.tokens_PL),
+            routed_PLE=Array.of(self.routed_PLE),
+            routed_PLR=Array.of(self.routed_PLR),
+            computed_PLR=Array.of(self.computed_PLR),
+            layer_steps_PL=Array.of(self.layer_steps_PL),
+            imbalance_sum_PLS=Array.of(self.imbalance_sum_PLS),
+            balancedness_sum_PLS=Array.of(self.balancedness_sum_PLS),
             imbalance_histograms=(before, after),
             decisions={decision: self.decisions[decision] for decision in Decision},
             spilled_in_R=Array.of(self.spilled_in_R),
             spilled_out_R=Array.of(self.spilled_out_R),
-            lends_in_R=Array.of(self.lends_in_R),
-            lends_out_R=Array.of(self.lends_out_R),
+            lends_L=Array.of(self.lends_L),
+            lends_in_RK=Array.of(self.lends_in_RK),
+            lends_out_RK=Array.of(self.lends_out_RK),
             bytes_per_lend=BYTES_PER_SLOT,
+            predicted_gain_s=0.0,
             last_plan_time_s=1_700_000_100.0 if self.decisions else 0.0,
+            home_rank_LE=Array.of(np.tile(self.placement.home_rank, (len(self.layer_numbers), 1)).astype(np.int16)),
+            plans=(),
         )

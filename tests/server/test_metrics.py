@@ -90,7 +90,7 @@ def test_sums_are_those_of_the_engines(running: Running) -> None:
         assert page.sum("llep_rank_computed_tokens_total", engine=engine.name) == pairs
         for rank in range(engine.ep_size):
             computed = page.sum("llep_rank_computed_tokens_total", engine=engine.name, ep_rank=str(rank))
-            assert computed == engine.computed_LR[:, rank].sum()
+            assert computed == engine.computed_PLR[:, :, rank].sum()
         assert page.sum("llep_tokens_total", engine=engine.name) == steps * 512 + 16
         assert page.sum("llep_steps_total", engine=engine.name, phase="prefill") == steps
         assert page.sum("llep_steps_total", engine=engine.name, phase="decode") == 1
@@ -101,7 +101,7 @@ def test_sums_are_those_of_the_engines(running: Running) -> None:
             assert page.sum("llep_imbalance_ratio_count", **labels) == layer_steps
             assert page.sum("llep_imbalance_ratio_bucket", le="+Inf", **labels) == layer_steps
             assert page.sum("llep_imbalance_ratio_sum", **labels) == pytest.approx(
-                engine.imbalance_sum_LS[:, index].sum()
+                engine.imbalance_sum_PLS[:, :, index].sum()
             )
         lends = page.sum("llep_lends_total", engine=engine.name, direction="in")
         assert lends == page.sum("llep_lends_total", engine=engine.name, direction="out") > 0
@@ -126,12 +126,12 @@ def test_each_layers_sums_at_level_layer_rank() -> None:
         assert page.sum("llep_layer_rank_computed_tokens_total", layer=str(layer)) == 4 * 1024 * engine.top_k
         for rank in range(4):
             value = page.sum("llep_layer_rank_computed_tokens_total", layer=str(layer), ep_rank=str(rank))
-            assert value == engine.computed_LR[index, rank]
+            assert value == engine.computed_PLR[:, index, rank].sum()
         for stage in (0, 1):
             labels = {"layer": str(layer), "stage": ("before", "after")[stage]}
             assert page.sum("llep_layer_imbalance_ratio_count", **labels) == 4
             assert page.sum("llep_layer_imbalance_ratio_sum", **labels) == pytest.approx(
-                engine.imbalance_sum_LS[index, stage]
+                engine.imbalance_sum_PLS[:, index, stage].sum()
             )
 
 

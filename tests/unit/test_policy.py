@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 
 from llep.config import Settings
 from llep.cost import cost_model
 from llep.loads import home_loads, skewed_counts
-from llep.messages import IMBALANCE_BUCKETS
+from llep.messages import IMBALANCE_BUCKETS, MOST_PLANS, PlanSample
 from llep.moe.layer import PhaseTimes
-from llep.moe.window import LoadWindow
+from llep.moe.verify import is_probe, is_sampled
+from llep.moe.window import PLANS_PER_REPORT, UNMEASURED_STEPS, LayerStep, LoadWindow
 from llep.placement import Placement, ranks_per_node
-from llep.plan import Decision
+from llep.plan import Decision, Plan
 from llep.planning.home import plan_home
 from llep.planning.policy import Step, decide, may_plan
 
@@ -64,41 +68,152 @@ def test_ranks_per_node_where_machines_have_as_many(machines: list[int], expecte
     assert ranks_per_node(machines) == expected
 
 
-def test_the_window_adds_up() -> None:
+def window_of(placement: Placement, num_layers: int, ranks_per_node: int | None = None) -> LoadWindow:
+    homes = np.tile(placement.home_rank, (num_layers, 1))
+    return LoadWindow(homes, placement.ep_size, top_k=2, bytes_per_lend=100, ranks_per_node=ranks_per_node)
+
+
+def layer_step(counts: np.ndarray, planned: Plan, **changes: Any) -> LayerStep:
+    values = {
+        "step": 1,
+        "phase": "prefill",
+        "layer": 0,
+        "home_loads": home_loads(counts.sum(axis=0), planned.placement.home_rank, planned.placement.ep_size),
+        "is_moved": True,
+        "is_verified": False,
+        "times": PhaseTimes({"compute": 0.5}),
+        "seconds": 1.0,
+    }
+    return LayerStep(counts_RE=counts, planned=planned, **{**values, **changes})
+
+
+def skewed(seed: int, ep_size: int = 2, hot_experts: Sequence[int] = (0, 1)) -> np.ndarray:
+    return skewed_counts(ep_size, 8, 2000, hot_experts=list(hot_experts), hot_share=0.9, seed=seed)
+
+
+def test_the_window_adds_up_by_phase() -> None:
     placement = Placement.linear(8, 2, slots_per_rank=4)
-    window = LoadWindow(num_layers=2, ep_size=2, num_experts=8, top_k=2, bytes_per_lend=100)
+    window = window_of(placement, num_layers=2)
     settings = Settings(min_chunk_tokens=1, planner="least_loaded")
     for step in range(5):
-        counts = skewed_counts(2, 8, 2000, hot_experts=[0, 1], hot_share=0.9, seed=step)
+        counts = skewed(step)
         plan = decide(settings, PREFILL, 0, counts, placement, 100)
-        window.record(step % 2, counts, plan, home_loads(counts.sum(axis=0), placement.home_rank, 2), True, 1)
-        window.record_times(PhaseTimes({"compute": 0.5}), 1.0)
+        phase = "decode" if step == 4 else "prefill"
+        window.record(layer_step(counts, plan, step=step, phase=phase, layer=step % 2), slots_used=1)
     loads = window.group_loads()
-    assert loads.routed_LE.numpy().sum(axis=1).tolist() == (2 * loads.tokens_L.numpy()).tolist() == [12000, 8000]
-    assert loads.routed_LR.numpy().sum(axis=1).tolist() == loads.computed_LR.numpy().sum(axis=1).tolist()
+    pairs_PL = 2 * loads.tokens_PL.numpy()
+    assert pairs_PL.tolist() == [[8000, 8000], [4000, 0]]
+    for values in (loads.routed_PLE, loads.routed_PLR, loads.computed_PLR):
+        assert values.numpy().sum(axis=2).tolist() == pairs_PL.tolist()
+    assert loads.layer_steps_PL.numpy().tolist() == [[2, 2], [1, 0]]
     assert loads.decisions == {"lend": 5}
-    assert loads.lends_in_R.numpy().sum() == loads.lends_out_R.numpy().sum() > 0
+    assert loads.lends_in_RK.numpy().sum() == loads.lends_out_RK.numpy().sum() == loads.lends_L.numpy().sum() > 0
+    assert loads.lends_L.numpy().min() > 0 and loads.lends_in_RK.numpy()[:, 1].sum() == 0
     assert loads.spilled_in_R.numpy()[1] == loads.spilled_out_R.numpy()[0]
     assert (
-        loads.routed_LR.numpy().sum(axis=0)[0] - loads.spilled_out_R.numpy()[0]
-        == loads.computed_LR.numpy().sum(axis=0)[0]
+        loads.routed_PLR.numpy().sum(axis=(0, 1))[0] - loads.spilled_out_R.numpy()[0]
+        == loads.computed_PLR.numpy().sum(axis=(0, 1))[0]
     )
     before, after = loads.imbalance_histograms
     assert sum(before.counts) == sum(after.counts) == 5 and len(before.counts) == len(IMBALANCE_BUCKETS) + 1
     assert before.sum > 1.6 * 5 and after.sum < 1.05 * 5
-    assert window.layer_seconds == 5.0
+    balanced_S = loads.balancedness_sum_PLS.numpy().sum(axis=(0, 1)) / 5
+    assert balanced_S[0] < 0.65 and 0.95 < balanced_S[1] <= 1
+    assert window.layer_seconds == {"prefill": 4.0, "decode": 1.0}
+    assert loads.home_rank_LE.numpy().tolist() == [list(placement.home_rank)] * 2
+
+
+def test_lends_are_counted_by_the_link_that_they_took() -> None:
+    placement = Placement.linear(8, 4, slots_per_rank=2)
+    window = window_of(placement, num_layers=1, ranks_per_node=2)
+    counts = skewed(0, ep_size=4)
+    plan = decide(Settings(min_chunk_tokens=1), PREFILL, 0, counts, placement, 100, ranks_per_node=2)
+    window.record(layer_step(counts, plan))
+    loads = window.group_loads()
+    in_K = loads.lends_in_RK.numpy().sum(axis=0)
+    assert in_K.tolist() == loads.lends_out_RK.numpy().sum(axis=0).tolist() and in_K.min() > 0
+    assert in_K.sum() == len(plan.lends)
+    assert loads.lends_in_RK.numpy()[1].tolist()[1] == 0  # rank 1 is in the hot rank's node
+
+
+def test_what_replicas_compute_is_spilled_but_not_lent() -> None:
+    placement = Placement.linear(8, 2, slots_per_rank=0)
+    placement = Placement(placement.home_rank, (0, 0), replicas=((0, 1), (1, 1)))
+    window = window_of(placement, num_layers=1)
+    counts = skewed(0)
+    plan = decide(Settings(min_chunk_tokens=1), PREFILL, 0, counts, placement, 100)
+    window.record(layer_step(counts, plan))
+    loads = window.group_loads()
+    assert loads.decisions == {"replica": 1} and loads.lends_L.numpy().sum() == 0
+    moved = loads.routed_PLR.numpy()[0, 0, 0] - loads.computed_PLR.numpy()[0, 0, 0]
+    assert loads.spilled_in_R.numpy()[1] == loads.spilled_out_R.numpy()[0] == moved > 0
 
 
 def test_shadow_counts_what_it_would_do_but_computes_at_home() -> None:
     placement = Placement.linear(8, 2, slots_per_rank=4)
-    window = LoadWindow(num_layers=1, ep_size=2, num_experts=8, top_k=2, bytes_per_lend=100)
-    counts = skewed_counts(2, 8, 2000, hot_experts=[0], hot_share=0.9, seed=0)
+    window = window_of(placement, num_layers=1)
+    counts = skewed(0, hot_experts=[0])
     plan = decide(Settings(mode="shadow", min_chunk_tokens=1), PREFILL, 0, counts, placement, 100)
-    window.record(0, counts, plan, home_loads(counts.sum(axis=0), placement.home_rank, 2), False, 0)
+    window.record(layer_step(counts, plan, is_moved=False))
     loads = window.group_loads()
-    assert loads.computed_LR.numpy().tolist() == loads.routed_LR.numpy().tolist()
-    assert loads.lends_in_R.numpy().sum() == 0 and loads.decisions == {"lend": 1}
+    assert loads.computed_PLR.numpy().tolist() == loads.routed_PLR.numpy().tolist()
+    assert loads.lends_L.numpy().sum() == 0 and loads.decisions == {"lend": 1}
     assert loads.imbalance_histograms[1].sum < loads.imbalance_histograms[0].sum
+    assert window.worth()["prefill"].lent_steps == 0
+
+
+def test_what_lending_is_worth_is_measured_against_probes() -> None:
+    placement = Placement.linear(8, 2, slots_per_rank=4)
+    window = window_of(placement, num_layers=1)
+    settings = Settings(min_chunk_tokens=1)
+    for step in range(1, 101):
+        counts = skewed(step)
+        plan = decide(settings, PREFILL, 0, counts, placement, 100, is_probe=step % 10 == 0)
+        pairs = max(home_loads(counts.sum(axis=0), placement.home_rank, 2))
+        seconds = 1e-3 * pairs * (1.0 if plan.decision is Decision.PROBE else 0.6)
+        window.record(layer_step(counts, plan, step=step, seconds=seconds, is_verified=step % 10 == 5))
+    worth = window.worth()["prefill"]
+    assert (worth.probed_steps, worth.lent_steps) == (10 - UNMEASURED_STEPS, 80 - UNMEASURED_STEPS)
+    assert worth.gain_s == pytest.approx(1e-3 * worth.lent_pairs * 0.4)
+    assert window.group_loads().decisions == {"lend": 90, "probe": 10}
+    assert window.worth()["decode"].gain_s is None
+
+
+def test_a_balanced_batch_is_no_probe() -> None:
+    placement = Placement.linear(8, 2, slots_per_rank=4)
+    counts = np.full((2, 8), 1000)
+    plan = decide(Settings(), PREFILL, 0, counts, placement, 100, is_probe=True)
+    assert plan.decision is Decision.BALANCED
+
+
+@pytest.mark.parametrize(("ratio", "verified"), [(0.01, 0.0), (0.1, 0.0), (0.5, 0.0), (0.1, 0.5), (0.0, 0.0)])
+def test_probes_are_the_share_asked_for_and_never_verified(ratio: float, verified: float) -> None:
+    steps = range(1, 20_001)
+    probes = [step for step in steps if is_probe(step, ratio, verified)]
+    assert len(probes) == pytest.approx(len(steps) * ratio * (1 - verified), rel=0.05)
+    assert not any(is_sampled(step, verified) for step in probes)
+    for period in (2, 3, 10, 100):  # of a workload: no phase of it is left out
+        assert not probes or verified or len({step % period for step in probes}) == period
+
+
+def test_plan_samples_are_a_few_per_report_over_all_layers() -> None:
+    placement = Placement.linear(8, 2, slots_per_rank=4)
+    window = window_of(placement, num_layers=10)
+    seen: dict[int, PlanSample] = {}
+    for report in range(20):
+        for layer in range(10):
+            counts = skewed(report * 10 + layer)
+            plan = decide(Settings(min_chunk_tokens=1), PREFILL, 0, counts, placement, 100)
+            window.record(layer_step(counts, plan, step=report, layer=layer))
+        plans = window.group_loads().plans
+        assert len(plans) <= MOST_PLANS and len([p for p in plans if p.id not in seen]) == PLANS_PER_REPORT
+        seen |= {plan.id: plan for plan in plans}
+    assert sorted(seen) == list(range(1, 20 * PLANS_PER_REPORT + 1))
+    assert len({plan.layer for plan in seen.values()}) == 10
+    for plan in seen.values():
+        assert sum(plan.routed_R) == sum(plan.computed_R) == 2 * plan.tokens == 4000
+        assert plan.routed_R[0] - plan.computed_R[0] == sum(tokens for _, _, _, tokens in plan.lends)
+    assert window.group_loads().plans[-1].id == 20 * PLANS_PER_REPORT, "nothing new"
 
 
 def test_an_empty_batch_is_balanced() -> None:

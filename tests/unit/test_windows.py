@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from llep.messages import Array, Histogram, Report, encode
+from llep.messages import Array, Histogram, PlanSample, Report, Worth, encode
 from llep.scheduler.admit import Refusal, Refused, decode
 from llep.scheduler.windows import FORGET_AFTER_S, MOST_SNAPSHOTS, Windows, loads
 from llep.views import EngineState, EventKind
@@ -228,8 +228,26 @@ def bogus(name: str, **changes: Any) -> Spoil:
     return lambda report: of_group(**{name: msgspec.structs.replace(getattr(report.group, name), **changes)})(report)
 
 
+def sample(**changes: Any) -> PlanSample:
+    plan = PlanSample(
+        id=1,
+        step=1,
+        layer=0,
+        phase="prefill",
+        time_s=1.0,
+        decision="lend",
+        tokens=10,
+        routed_R=(15, 5),
+        computed_R=(10, 10),
+        lends=((0, 0, 1, 5),),
+        predicted_gain_s=-0.1,
+        layer_seconds=0.1,
+    )
+    return msgspec.structs.replace(plan, **changes)
+
+
 REFUSED = {
-    "protocol": (of_report(protocol=2), Refusal.PROTOCOL),
+    "protocol": (of_report(protocol=1), Refusal.PROTOCOL),
     "same seq": (of_report(seq=3), Refusal.ORDER),
     "older seq": (of_report(seq=-5), Refusal.ORDER),
     "no such rank": (of_report(rank=7, group=None), Refusal.RANK),
@@ -248,26 +266,38 @@ REFUSED = {
     "absurd step": (of_report(step=(1 << 63) - 1), Refusal.COUNT),
     "less than before": (of_report(step=0), Refusal.COUNT),
     "lost key": (of_report(steps={}), Refusal.COUNT),
-    "negative seconds": (of_report(layer_seconds=-0.1), Refusal.COUNT),
-    "endless seconds": (of_report(layer_seconds=float("inf")), Refusal.COUNT),
+    "negative seconds": (of_report(layer_seconds={"prefill": -0.1, "decode": 0.0}), Refusal.COUNT),
+    "endless seconds": (of_report(layer_seconds={"prefill": float("inf"), "decode": 0.0}), Refusal.COUNT),
     "no time": (of_report(time_s=float("nan")), Refusal.COUNT),
     "negative memory": (of_report(memory_used_bytes=-1), Refusal.COUNT),
     "negative bytes per lend": (of_group(bytes_per_lend=-1), Refusal.COUNT),
+    "negative placement": (of_report(live_placement=-1), Refusal.COUNT),
+    "worth of nobody": (of_report(worth={"warmup": Worth()}), Refusal.SHAPE),
+    "worth less than nothing": (of_report(worth={"prefill": Worth(lent_s=-1.0)}), Refusal.COUNT),
+    "home at no rank": (of_array("home_rank_LE", set_item((0, 0), 2)), Refusal.COUNT),
+    "wide homes": (of_array("home_rank_LE", lambda v: v.astype(np.int64)), Refusal.SHAPE),
+    "plan of no layer": (of_group(plans=(sample(layer=3),)), Refusal.SHAPE),
+    "plan of three ranks": (of_group(plans=(sample(routed_R=(1, 2, 3)),)), Refusal.SHAPE),
+    "plan to no rank": (of_group(plans=(sample(lends=((0, 0, 2, 5),)),)), Refusal.COUNT),
+    "plan in no time": (of_group(plans=(sample(layer_seconds=float("nan")),)), Refusal.COUNT),
+    "plan twice": (of_group(plans=(sample(), sample())), Refusal.SHAPE),
+    "too many plans": (of_group(plans=tuple(sample(id=n) for n in range(99))), Refusal.SHAPE),
     "settings": (of_report(live_settings={"imbalance_threshold": 0.5}), Refusal.SETTINGS),
     "unknown settings": (of_report(live_settings={"swing": 1}), Refusal.SETTINGS),
-    "wrong shape": (of_array("routed_LE", lambda v: v[:, :3]), Refusal.SHAPE),
-    "one layer more": (of_array("tokens_L", lambda v: np.append(v, 0)), Refusal.SHAPE),
-    "float counts": (of_array("tokens_L", lambda v: v.astype(np.float64)), Refusal.SHAPE),
-    "objects": (bogus("tokens_L", dtype="|O"), Refusal.SHAPE),
-    "no dtype": (bogus("tokens_L", dtype="zebra"), Refusal.SHAPE),
-    "short data": (bogus("tokens_L", data=b"123"), Refusal.SHAPE),
-    "negative shape": (bogus("tokens_L", shape=(-1,)), Refusal.SHAPE),
-    "negative count": (of_array("routed_LE", set_item((1, 1), -5)), Refusal.COUNT),
-    "absurd count": (of_array("routed_LE", set_item((1, 1), np.iinfo(np.int64).max)), Refusal.COUNT),
-    "decreasing count": (of_array("tokens_L", set_item(0, 0)), Refusal.COUNT),
-    "NaN": (of_array("imbalance_sum_LS", set_item((0, 0), np.nan)), Refusal.COUNT),
-    "computed is not routed": (of_array("computed_LR", lambda v: v + 1), Refusal.SUMS),
-    "a token too many": (of_array("tokens_L", lambda v: v + 1), Refusal.SUMS),
+    "wrong shape": (of_array("routed_PLE", lambda v: v[:, :, :3]), Refusal.SHAPE),
+    "one layer more": (of_array("tokens_PL", lambda v: np.c_[v, [0, 0]]), Refusal.SHAPE),
+    "float counts": (of_array("tokens_PL", lambda v: v.astype(np.float64)), Refusal.SHAPE),
+    "objects": (bogus("tokens_PL", dtype="|O"), Refusal.SHAPE),
+    "no dtype": (bogus("tokens_PL", dtype="zebra"), Refusal.SHAPE),
+    "short data": (bogus("tokens_PL", data=b"123"), Refusal.SHAPE),
+    "negative shape": (bogus("tokens_PL", shape=(-1,)), Refusal.SHAPE),
+    "negative count": (of_array("routed_PLE", set_item((0, 1, 1), -5)), Refusal.COUNT),
+    "absurd count": (of_array("routed_PLE", set_item((0, 1, 1), np.iinfo(np.int64).max)), Refusal.COUNT),
+    "decreasing count": (of_array("tokens_PL", set_item((0, 0), 0)), Refusal.COUNT),
+    "NaN": (of_array("imbalance_sum_PLS", set_item((0, 0, 0), np.nan)), Refusal.COUNT),
+    "computed in a phase without tokens": (of_array("computed_PLR", set_item((1, 0, 0), 1)), Refusal.SUMS),
+    "computed is not routed": (of_array("computed_PLR", lambda v: v + 1), Refusal.SUMS),
+    "a token too many": (of_array("tokens_PL", lambda v: v + 1), Refusal.SUMS),
 }
 
 
