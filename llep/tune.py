@@ -17,9 +17,8 @@ from llep.config import Phases, Planner, Settings
 from llep.planning import PlanOptions
 from llep.shapes import ModelShape, StepCounts
 from llep.simulate import Setup, simulate
-from llep.simulate.tally import Tally
 
-MOST_LAYER_STEPS = 6000  # replayed under each candidate
+MOST_LAYER_STEPS = 3000  # replayed under each candidate
 NEARLY = 0.98  # of the best gain: what a gentler setting must keep
 LEAST_GAIN_RATIO = 0.03  # of the time in MoE layers: below that nothing is proposed but to leave it
 LEAST_STEPS = 10
@@ -104,7 +103,7 @@ def step_tokens(step: StepCounts, shape: ModelShape) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ClassOutcome:
-    """One class of steps in a case. steps: all that were seen; ratios are means over layer-steps."""
+    """One class of steps in a case. steps: all that were seen."""
 
     phase: str
     tokens: int  # the smallest batch in it; the largest has less than twice as many
@@ -117,8 +116,8 @@ class ClassOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What one choice of settings does to the recording, all steps counted. Without a cost model `work` is the pairs on
-    the most loaded rank instead of seconds."""
+    """What one choice of settings does to the recording, all steps counted. Imbalance is weighted by load: pairs on the
+    most loaded rank / on the mean one. Without a cost model `work` is those pairs instead of seconds."""
 
     settings: Settings
     slots_per_rank: int
@@ -237,7 +236,8 @@ class _Totals:
     """What one class of steps comes to under one choice, by sampled steps."""
 
     work: float
-    ratio_sum: float
+    highest: float  # pairs on the most loaded rank, and on the mean one
+    mean: float
     layer_steps: int
     lends: int
     most_lends: int
@@ -299,7 +299,8 @@ class _Replay:
         options: PlanOptions = replace(setup.options, phase="decode" if one.phase == "decode" else "prefill")
         (tally,) = simulate(one.steps, replace(setup, options=options), [planner]).tallies
         work = tally.predicted_s if self.is_timed else tally.highest_tokens
-        return _Totals(work, _ratio_sum(tally), tally.ratios.count, tally.lends, int(tally.most_lends_R.max()))
+        most_lends = int(tally.most_lends_R.max())
+        return _Totals(work, tally.highest_tokens, tally.mean_tokens, tally.ratios.count, tally.lends, most_lends)
 
     def _sum(self, settings: Settings, slots: int, planned: list[_Totals]) -> Case:
         """All classes together, each step counted as often as it stands for others."""
@@ -309,6 +310,7 @@ class _Replay:
         ]
         steps = sum(weight * len(one.steps) for (weight, _, _), one in zip(chosen, self._classes, strict=True))
         layer_steps = sum(weight * home.layer_steps for weight, home, _ in chosen) or 1.0
+        mean = sum(weight * home.mean for weight, home, _ in chosen) or 1.0
         lends = sum(weight * plan.lends for weight, _, plan in chosen)
         size = self.setup.bytes_per_expert
         return Case(
@@ -316,8 +318,8 @@ class _Replay:
             slots_per_rank=slots,
             work_before=sum(weight * home.work for weight, home, _ in chosen),
             work=sum(weight * plan.work for weight, _, plan in chosen),
-            imbalance_ratio_before=sum(weight * home.ratio_sum for weight, home, _ in chosen) / layer_steps,
-            imbalance_ratio=sum(weight * plan.ratio_sum for weight, _, plan in chosen) / layer_steps,
+            imbalance_ratio_before=sum(weight * home.highest for weight, home, _ in chosen) / mean,
+            imbalance_ratio=sum(weight * plan.highest for weight, _, plan in chosen) / mean,
             lends_per_layer_step=lends / layer_steps,
             lend_bytes_per_step=lends * size / (steps or 1.0),
             peak_lend_bytes=max((plan.most_lends for _, _, plan in chosen), default=0) * size,
@@ -327,8 +329,8 @@ class _Replay:
                     tokens=one.tokens,
                     steps=one.seen,
                     is_planned=_is_planned(settings, one),
-                    imbalance_ratio_before=home.ratio_sum / max(home.layer_steps, 1),
-                    imbalance_ratio=plan.ratio_sum / max(plan.layer_steps, 1),
+                    imbalance_ratio_before=home.highest / (home.mean or 1.0),
+                    imbalance_ratio=plan.highest / (plan.mean or 1.0),
                     gain_ratio=1 - plan.work / home.work if home.work else 0.0,
                 )
                 for one, (_, home, plan) in zip(self._classes, chosen, strict=True)
@@ -338,10 +340,6 @@ class _Replay:
 
 def _is_planned(settings: Settings, one: StepClass) -> bool:
     return settings.phases in (Phases.BOTH, one.phase) and one.tokens >= settings.min_batch_tokens
-
-
-def _ratio_sum(tally: Tally) -> float:
-    return float(tally.ratio_sum_L.sum())
 
 
 def _case_dict(case: Case, start: Case, steps: int, *, is_timed: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import typer
@@ -9,6 +10,12 @@ import typer
 from llep import __version__
 from llep.cli.output import ExitCode, fail
 from llep.errors import LlepError, SchedulerUnreachable, SettingsError, UnsupportedConfiguration
+
+# Modules in the order in which `llep --help` lists their commands.
+COMMANDS = (
+    *("serve", "model", "control_plane", "control", "plan", "simulate", "report"),
+    *("calibrate", "doctor", "export", "demo", "with_ray"),
+)
 
 app = typer.Typer(
     name="llep",
@@ -34,10 +41,8 @@ def _register() -> None:
     """Each module of commands adds its own to `app`, once."""
     if app.registered_commands:
         return
-    from llep.cli import calibrate, control, control_plane, demo, doctor, export, model, plan, serve, simulate, with_ray
-
-    for module in (serve, model, control_plane, control, plan, simulate, calibrate, doctor, export, demo, with_ray):
-        module.add_to(app)
+    for name in COMMANDS:
+        importlib.import_module(f"llep.cli.{name}").add_to(app)
 
 
 def main() -> None:
