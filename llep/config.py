@@ -56,6 +56,14 @@ class LendScope(StrEnum):
     NODE = "node"
 
 
+class Replicas(StrEnum):
+    """suggest: the scheduler shows which resident replicas it would make; apply: it makes them."""
+
+    OFF = "off"
+    SUGGEST = "suggest"
+    APPLY = "apply"
+
+
 class MetricsLevel(StrEnum):
     OFF = "off"
     RANK = "rank"
@@ -137,6 +145,17 @@ class Settings(BaseModel):
         0, "most bytes of weights lent in one layer of one step over all ranks; 0 is no limit", ge=0
     )
     lend_scope: LendScope = _hot(LendScope.ANY, "any, or node: lend weights within a node only, never over the network")
+    replicas: Replicas = _hot(
+        Replicas.OFF, "resident replicas of experts that stay hot: off, suggest (show only) or apply"
+    )
+    replica_bytes_per_s: int = _hot(
+        64 << 20, "most bytes of weights that a rank moves per second to fill resident replicas", ge=1 << 10, le=1 << 40
+    )
+    auto_tune: bool = _hot(
+        False, "the scheduler itself sets imbalance_threshold and the token limits, from measurements"
+    )
+    auto_tune_min_threshold: float = _hot(1.1, "lowest imbalance_threshold that auto_tune may set", ge=1, le=100)
+    auto_tune_max_threshold: float = _hot(3.0, "highest imbalance_threshold that auto_tune may set", ge=1, le=100)
     report_interval_s: float = _hot(1.0, "seconds between a worker's reports", ge=0.1, le=300)
     watchdog_s: int = _hot(60, "seconds a rank waits for the others before it stops loudly", ge=5, le=3600)
     metrics_level: MetricsLevel = _hot(MetricsLevel.RANK, "detail of /metrics: off, rank, layer or layer_rank")

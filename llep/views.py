@@ -290,6 +290,8 @@ class RecordingView(View):
 class EventKind(StrEnum):
     SETTINGS = "settings"
     MODE = "mode"
+    PLACEMENT = "placement"
+    BRAKE = "brake"
     ENGINE_UP = "engine_up"
     ENGINE_STALE = "engine_stale"
     ENGINE_RESTARTED = "engine_restarted"
@@ -322,3 +324,6 @@ class SchedulerStatus(View):
     reports_total: int
     reports_refused_total: int
     reports_refused: dict[str, int] = {}  # llep.scheduler.admit.Refusal -> count
+    reports_lost: int = 0  # by the gaps in their numbers
+    reports_doubled: int = 0
+    orders_refused: dict[str, int] = {}  # rule that a placement broke -> count

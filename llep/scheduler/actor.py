@@ -9,7 +9,8 @@ from __future__ import annotations
 from llep.scheduler.changes import Changes
 from llep.scheduler.questions import Questions
 from llep.scheduler.reports import Reports
+from llep.scheduler.steering import Steering
 
 
-class Scheduler(Reports, Changes, Questions):
+class Scheduler(Reports, Changes, Questions, Steering):
     """All methods take and return bytes or plain JSON values; times are unix times in seconds."""

@@ -142,7 +142,7 @@ class Changes(Core):
         dry_run: bool = False,
         reverts_at_s: float | None = None,
     ) -> dict[str, Any]:
-        _check_texts(author, reason)
+        check_texts(author, reason)
         check_engines(engines)
         for name in engines or ():
             self._engine(name)
@@ -151,7 +151,7 @@ class Changes(Core):
         if not dry_run and not changed.says_the_same_as(self._journal.desired):
             event = NewEvent(
                 kind=kind,
-                message=f"{_words(patch)} on {whom(engines)}{f': {reason}' if reason else ''}",
+                message=f"{words(patch)} on {whom(engines)}{f': {reason}' if reason else ''}",
                 time_s=time.time(),
                 engine=engines[0] if engines and len(engines) == 1 else None,
                 author=author,
@@ -208,11 +208,11 @@ def _checked_mode(mode: str) -> str:
     return mode
 
 
-def _check_texts(author: str, reason: str) -> None:
+def check_texts(author: str, reason: str) -> None:
     for name, text, longest in (("author", author, LONGEST_AUTHOR), ("reason", reason, LONGEST_REASON)):
         if len(text) > longest:
             raise SettingsError(f"{name} has {len(text)} characters, above {longest}", param=name)
 
 
-def _words(patch: dict[str, Any]) -> str:
+def words(patch: dict[str, Any]) -> str:
     return ", ".join(f"{key}={'as started' if value is None else value}" for key, value in patch.items()) or "nothing"

@@ -60,6 +60,7 @@ class Core:
         self._reported = Signal()
         self._reports_total = 0
         self._refused: Counter[str] = Counter()
+        self._orders_refused: Counter[str] = Counter()
         self._last_note_s: dict[tuple[str, str], float] = {}
         self._remembered_s = time.monotonic()
         self._ticking: asyncio.Task[None] | None = None

@@ -10,6 +10,7 @@ import msgspec
 
 from llep.config import Settings, is_hot
 from llep.errors import SettingsError
+from llep.messages import PlacementOrder, RecordingOrder
 
 EVERY = ""  # the target of a change that addresses all engines, also those still to come
 
@@ -36,6 +37,8 @@ class Desired(msgspec.Struct, frozen=True):
     addressed: dict[str, int] = {}  # target -> newest revision that addressed it
     permanent: Layer = {}
     temporary: Layer = {}
+    placements: dict[str, PlacementOrder] = {}  # by engine
+    recordings: dict[str, RecordingOrder] = {}
 
     def revision_of(self, engine: str | None) -> int:
         """The revision that the engine should run; 0 is as started."""
@@ -72,6 +75,26 @@ class Desired(msgspec.Struct, frozen=True):
             addressed=addressed,
             permanent=_without_empty(permanent),
             temporary=_without_empty(temporary),
+        )
+
+    def placed(self, engine: str, order: PlacementOrder | None, revision: int) -> Desired:
+        """With the resident replicas of an engine ordered anew; None: it shall have none."""
+        others = {name: placement for name, placement in self.placements.items() if name != engine}
+        return msgspec.structs.replace(
+            self,
+            revision=revision,
+            addressed={**self.addressed, engine: revision},
+            placements={**others, engine: order} if order is not None else others,
+        )
+
+    def recorded(self, engine: str, order: RecordingOrder | None, revision: int) -> Desired:
+        """With a recording ordered on an engine; None: no more."""
+        others = {name: recording for name, recording in self.recordings.items() if name != engine}
+        return msgspec.structs.replace(
+            self,
+            revision=revision,
+            addressed={**self.addressed, engine: revision},
+            recordings={**others, engine: order} if order is not None else others,
         )
 
     def put_back(self, earlier: Desired, revision: int, now_s: float) -> Desired:
@@ -118,7 +141,12 @@ class Desired(msgspec.Struct, frozen=True):
 
     def says_the_same_as(self, other: Desired) -> bool:
         """Whether the two hold the same values, whatever their revisions."""
-        return _values(self.permanent) == _values(other.permanent) and _timed(self.temporary) == _timed(other.temporary)
+        return (
+            _values(self.permanent) == _values(other.permanent)
+            and _timed(self.temporary) == _timed(other.temporary)
+            and self.placements == other.placements
+            and self.recordings == other.recordings
+        )
 
     def of_known_keys(self) -> Desired:
         """Without overrides of keys that this version of llep doesn't have or no longer lets change while serving."""

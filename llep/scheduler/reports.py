@@ -81,7 +81,16 @@ class Reports(Core):
         except SettingsError as error:  # it started anew with settings that don't go with the overrides
             self._note_once((name, "effective"), EventKind.APPLY_FAILED, f"revision {revision}: {error.message}", name)
             return None
-        return encode(Directive(protocol=PROTOCOL, engine=name, revision=revision, settings=settings))
+        return encode(
+            Directive(
+                protocol=PROTOCOL,
+                engine=name,
+                revision=revision,
+                settings=settings,
+                placement=self._journal.desired.placements.get(name),
+                recording=self._journal.desired.recordings.get(name),
+            )
+        )
 
     def _adopt(self, engine: Engine) -> None:
         """An engine that runs a revision which the store doesn't know tells us what was lost with the store."""

@@ -5,6 +5,8 @@ Pure: the caller passes its clock in, a monotonic one, so that a wall clock that
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llep.config import Settings
-from llep.messages import EngineInfo, Report
+from llep.messages import EngineInfo, PlanSample, Report
 from llep.scheduler.admit import (
     Counters,
     Refusal,
@@ -25,14 +27,15 @@ from llep.scheduler.admit import (
     parse_settings,
     start_settings,
 )
-from llep.views import EngineLoads, EngineState, EventKind, RankLoads
+from llep.scheduler.totals import EXPERT_STEPS, GAUGES, PER_RANK, Totals, per_rank
+from llep.views import EngineState, EventKind
 
-MOST_SNAPSHOTS = 900  # a quarter of an hour at one per second
-SNAPSHOT_SPACING_S = 1.0
 SHORTEST_SILENCE_S = 5.0
 SILENT_INTERVALS = 5
 FORGET_AFTER_S = 86400.0
 RECENT_S = 180.0
+MOST_PLANS = 200  # sampled plans that are kept of an engine
+HOT_RATIO = 1.5  # share / fair share from which an expert is hot
 MOST_ENGINES = 4096
 REPLACED_REMEMBERED = 16
 
@@ -48,20 +51,14 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """An engine's cumulative loads at one moment, summed over layers. R ranks, S stages."""
+class KeptPlan:
+    """A sampled plan under an id that grows over all engines, also when the scheduler starts anew."""
 
-    time_s: float
-    tokens: int
-    layer_steps: int
-    imbalance_sum_S: npt.NDArray[np.float64]
-    routed_R: npt.NDArray[np.int64]
-    computed_R: npt.NDArray[np.int64]
-    lends: int
-    lend_bytes: int
-    spilled_tokens: int
-    decisions: Mapping[str, int]
-    layer_seconds: float  # mean over ranks
+    id: int
+    sample: PlanSample
+
+
+_plan_ids = itertools.count(time.time_ns() // 1_000_000)
 
 
 @dataclass(slots=True)
@@ -77,9 +74,21 @@ class Engine:
     live: dict[int, Settings] = field(default_factory=dict)
     seen_s: dict[int, float] = field(default_factory=dict)
     counted: dict[int, Counters] = field(default_factory=dict)
-    snapshots: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=MOST_SNAPSHOTS))
     replaced: deque[str] = field(default_factory=lambda: deque(maxlen=REPLACED_REMEMBERED))
     refused: Counter[str] = field(default_factory=Counter)
+    lost: int = 0  # reports, by the gaps in their numbers
+    doubled: int = 0
+    live_changed_s: float = 0.0  # when the revision that is live was first seen
+    plans: deque[KeptPlan] = field(default_factory=lambda: deque(maxlen=MOST_PLANS))
+    totals: Totals = field(init=False)
+    per_rank_RX: npt.NDArray[np.float64] = field(init=False)
+    hot_since_LE: npt.NDArray[np.float32] = field(init=False)  # monotonic seconds; nan where it isn't hot
+
+    def __post_init__(self) -> None:
+        L, E, R = len(self.info.layer_numbers), self.info.num_experts, self.info.ep_size
+        self.totals = Totals(R, L, E)
+        self.per_rank_RX = np.zeros((R, PER_RANK + GAUGES))
+        self.hot_since_LE = np.full((L, E), np.nan, dtype=np.float32)
 
     @property
     def last_seen_s(self) -> float:
@@ -98,6 +107,22 @@ class Engine:
     def live_settings(self) -> Settings:
         """Those of the lowest rank that has reported; as started before any has."""
         return self.live[min(self.live)] if self.live else self.start
+
+    @property
+    def home_rank_LE(self) -> npt.NDArray[np.int16] | None:
+        """None before rank 0 has reported."""
+        group = self.reports[0].group if 0 in self.reports else None
+        return group.home_rank_LE.numpy() if group is not None else None
+
+    @property
+    def live_placement(self) -> int:
+        """Number of the placement that is switched on, on all ranks; 0: none."""
+        return self._least("live_placement")
+
+    @property
+    def filled_placement(self) -> int:
+        """Copies in place already, of the placement under way, over all ranks."""
+        return sum(report.filled_placement for report in self.reports.values())
 
     @property
     def last_apply_error(self) -> str:
@@ -153,7 +178,8 @@ class Windows:
         return changes
 
     def _take(self, known: Engine | None, report: Report, now_s: float, desired_interval_s: float) -> list[Change]:
-        if known is not None and known.reports.get(report.rank) == report:
+        if known is not None and _is_doubled(known.reports.get(report.rank), report):
+            known.doubled += 1
             return []  # an agent that lost its link says it all again
         if known is not None and report.incarnation in known.replaced:
             raise Refused(
@@ -182,58 +208,13 @@ class Windows:
             )
         engine = Engine(report.info, report.incarnation, start_settings(report.info), EngineState.STARTING, now_s)
         if known is not None:
-            engine.refused = known.refused
+            engine.refused, engine.lost, engine.doubled = known.refused, known.lost, known.doubled
             engine.replaced.extend([*known.replaced, known.incarnation])
         return engine
 
 
-def loads(engine: Engine, window_s: float, now_s: float, desired_interval_s: float = 0.0) -> EngineLoads:
-    """Loads over the last window_s seconds of reports, or what there is of it; nothing if rank 0 has fallen silent."""
-    newest, base = _window(engine, window_s, now_s, desired_interval_s)
-    layer_steps = newest.layer_steps - base.layer_steps
-    imbalance_S = (newest.imbalance_sum_S - base.imbalance_sum_S) / max(layer_steps, 1)
-    return EngineLoads(
-        engine=engine.info.engine,
-        model_name=engine.info.model_name,
-        window_s=newest.time_s - base.time_s,
-        tokens=newest.tokens - base.tokens,
-        layer_steps=layer_steps,
-        imbalance_ratio_before=float(imbalance_S[0]) if layer_steps else None,
-        imbalance_ratio_after=float(imbalance_S[1]) if layer_steps else None,
-        lends=newest.lends - base.lends,
-        lend_bytes=newest.lend_bytes - base.lend_bytes,
-        spilled_tokens=newest.spilled_tokens - base.spilled_tokens,
-        decisions={key: count - base.decisions.get(key, 0) for key, count in newest.decisions.items()},
-        layer_seconds=newest.layer_seconds - base.layer_seconds,
-        ranks=[_rank_loads(engine, rank, newest, base) for rank in sorted(engine.reports)],
-    )
-
-
-def _window(engine: Engine, window_s: float, now_s: float, desired_interval_s: float) -> tuple[Snapshot, Snapshot]:
-    silent_s = now_s - engine.snapshots[-1].time_s if engine.snapshots else np.inf
-    if silent_s > engine.silence_limit_s(desired_interval_s):
-        nothing = _nothing(engine, now_s)
-        return nothing, nothing
-    newest = engine.snapshots[-1]
-    older = [s for s in engine.snapshots if s.time_s <= newest.time_s - window_s]
-    return newest, older[-1] if older else engine.snapshots[0]
-
-
-def _nothing(engine: Engine, now_s: float) -> Snapshot:
-    zeros_R = np.zeros(engine.info.ep_size, dtype=np.int64)
-    return Snapshot(now_s, 0, 0, np.zeros(2), zeros_R, zeros_R, 0, 0, 0, {}, 0.0)
-
-
-def _rank_loads(engine: Engine, rank: int, newest: Snapshot, base: Snapshot) -> RankLoads:
-    report = engine.reports[rank]
-    return RankLoads(
-        rank=rank,
-        routed_tokens=int(newest.routed_R[rank] - base.routed_R[rank]),
-        computed_tokens=int(newest.computed_R[rank] - base.computed_R[rank]),
-        memory_budget_bytes=report.memory_budget_bytes,
-        memory_used_bytes=report.memory_used_bytes,
-        memory_peak_bytes=report.memory_peak_bytes,
-    )
+def _is_doubled(before: Report | None, report: Report) -> bool:
+    return before is not None and before.seq == report.seq and before == report
 
 
 def _check(engine: Engine, report: Report) -> Counters:
@@ -243,6 +224,9 @@ def _check(engine: Engine, report: Report) -> Counters:
     if before is not None and report.seq <= before.seq:
         raise Refused(Refusal.ORDER, f"report {report.seq} of rank {report.rank} came after report {before.seq}")
     found = counters(report)
+    if before is not None and before.group is not None and report.group is not None:
+        if before.group.home_rank_LE != report.group.home_rank_LE:
+            raise Refused(Refusal.ENGINE, "home ranks are others than before: they are fixed while an engine runs")
     check_counters(found, engine.counted.get(report.rank, {}))
     if report.group is not None:
         check_sums(found, engine.info.top_k)
@@ -255,38 +239,43 @@ def _put(engine: Engine, report: Report, found: Counters, now_s: float) -> None:
     before = engine.reports.get(report.rank)
     if before is None or before.live_settings != report.live_settings:
         engine.live[report.rank] = parse_settings(report.live_settings)
+    if before is not None:
+        engine.lost += report.seq - before.seq - 1
+    live_revision = engine.live_revision
     engine.reports[report.rank] = report
     engine.counted[report.rank] = found
     engine.seen_s[report.rank] = now_s
+    engine.per_rank_RX[report.rank] = per_rank(report)
+    if engine.live_revision != live_revision or not engine.live_changed_s:
+        engine.live_changed_s = now_s
     if report.group is not None:
-        if not engine.snapshots and report.counting_s < RECENT_S:  # what was before its first report counts too
-            engine.snapshots.append(_nothing(engine, now_s - report.counting_s))
-        _add_snapshot(engine.snapshots, _snapshot(engine, report, found, now_s))
+        _put_group(engine, report, found, now_s)
 
 
-def _snapshot(engine: Engine, report: Report, found: Counters, now_s: float) -> Snapshot:
+def _put_group(engine: Engine, report: Report, found: Counters, now_s: float) -> None:
     assert report.group is not None
-    lends = int(found["lends_in_RK"].sum())
-    return Snapshot(
-        time_s=now_s,
-        tokens=int(found["tokens_PL"].sum(axis=0).max()),
-        layer_steps=int(found["layer_steps_PL"].sum()),
-        imbalance_sum_S=found["imbalance_sum_PLS"].sum(axis=(0, 1)),
-        routed_R=found["routed_PLR"].sum(axis=(0, 1)),
-        computed_R=found["computed_PLR"].sum(axis=(0, 1)),
-        lends=lends,
-        lend_bytes=lends * report.group.bytes_per_lend,
-        spilled_tokens=int(found["spilled_in_R"].sum()),
-        decisions=report.group.decisions,
-        layer_seconds=sum(sum(r.layer_seconds.values()) for r in engine.reports.values()) / engine.info.ep_size,
-    )
+    totals = engine.totals
+    if totals.is_empty and report.counting_s < RECENT_S:  # what was before its first report counts too
+        totals.begin(now_s - report.counting_s)
+    row = totals.columns.row(report, found, engine.per_rank_RX)
+    if totals.put(now_s, row, found):
+        _follow_heat(engine, now_s)
+    newest = engine.plans[-1].sample.id if engine.plans else 0
+    for sample in report.group.plans:
+        if sample.id > newest:
+            engine.plans.append(KeptPlan(next(_plan_ids), sample))
 
 
-def _add_snapshot(snapshots: deque[Snapshot], new: Snapshot) -> None:
-    """The newest always stays; before it, one per SNAPSHOT_SPACING_S."""
-    if len(snapshots) >= 2 and snapshots[-1].time_s - snapshots[-2].time_s < SNAPSHOT_SPACING_S:
-        snapshots.pop()
-    snapshots.append(new)
+def _follow_heat(engine: Engine, now_s: float) -> None:
+    """Remember since when each expert has had HOT_RATIO times its fair share, step after step."""
+    _, routed_PLE, *_ = engine.totals.experts(EXPERT_STEPS[0][0])
+    routed_LE = routed_PLE.sum(axis=0)
+    pairs_L1 = routed_LE.sum(axis=1, keepdims=True)
+    is_hot_LE = routed_LE * engine.info.num_experts >= HOT_RATIO * pairs_L1
+    since_LE = np.where(np.isnan(engine.hot_since_LE), np.float32(now_s - EXPERT_STEPS[0][0]), engine.hot_since_LE)
+    # A layer without a pair says nothing.
+    kept_LE = np.where(is_hot_LE, since_LE, np.float32(np.nan))
+    engine.hot_since_LE = np.where(pairs_L1 > 0, kept_LE, engine.hot_since_LE)
 
 
 def _follow_state(engine: Engine, now_s: float, desired_interval_s: float) -> list[Change]:

@@ -11,7 +11,7 @@ import json
 import os
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from llep.loads import imbalance_ratio
 from llep.messages import (
     IMBALANCE_BUCKETS,
     LAYER_PHASES,
+    MOST_PLANS,
     PROTOCOL,
     SECONDS_BUCKETS,
     STEP_PHASES,
@@ -32,6 +33,8 @@ from llep.messages import (
     EngineInfo,
     GroupLoads,
     Histogram,
+    PlacementOrder,
+    PlanSample,
     Report,
     Worth,
     decode_directive,
@@ -58,6 +61,9 @@ class Workers:
         self.errors: dict[str, int] = {}
         self.counting_s = 86400.0  # longer than any window
         self._held = self.live
+        self.placement: PlacementOrder | None = None  # filled as soon as it is live
+        self._held_placement = self.placement
+        self.plans: deque[PlanSample] = deque(maxlen=MOST_PLANS)
         self._rng = np.random.default_rng(seed)
         self.seq = self.step_number = 0
         self.tokens_L = np.zeros(num_layers, dtype=np.int64)
@@ -76,11 +82,13 @@ class Workers:
         assert directive.engine == self.engine
         if directive.revision > self.held_revision:
             self.held_revision, self._held = directive.revision, Settings.parse(directive.settings)
+            self._held_placement = directive.placement
 
     def step(self, tokens: int = 100) -> None:
         """One forward pass; in mode active every layer is evened out."""
         if self.live_revision < self.held_revision:
             self.live, self.live_revision = self._held, self.held_revision
+            self.placement = self._held_placement
             self.live_since_step = self.step_number
         self.step_number += 1
         for layer in range(self.num_layers):
@@ -94,6 +102,7 @@ class Workers:
         if self.live.mode is Mode.ACTIVE:
             computed_R = np.diff(np.linspace(0, counts_E.sum(), self.ep_size + 1).astype(np.int64))
             self.lends_R += np.arange(self.ep_size) > 0
+            self._sample_plan(layer, tokens, routed_R, computed_R)
         self.decisions["lend" if self.live.mode is Mode.ACTIVE else "off"] += 1
         self.tokens_L[layer] += tokens
         self.routed_LE[layer] += counts_E
@@ -101,6 +110,24 @@ class Workers:
         ratios = imbalance_ratio(routed_R), imbalance_ratio(computed_R)
         self.imbalance_LS[layer] += ratios
         self.balancedness_LS[layer] += [1 / ratio for ratio in ratios]
+
+    def _sample_plan(self, layer: int, tokens: int, routed_R: Any, computed_R: Any) -> None:
+        self.plans.append(
+            PlanSample(
+                id=(self.plans[-1].id if self.plans else 0) + 1,
+                step=self.step_number,
+                layer=layer,
+                phase="prefill",
+                time_s=time.time(),
+                decision="lend",
+                tokens=tokens,
+                routed_R=tuple(routed_R.tolist()),
+                computed_R=tuple(computed_R.tolist()),
+                lends=((0, 0, 1, 10),),
+                predicted_gain_s=0.0,
+                layer_seconds=0.001,
+            )
+        )
 
     def reports(self) -> list[Report]:
         self.seq += 1
@@ -124,7 +151,7 @@ class Workers:
             live_since_time_s=time.time(),
             last_apply_error=self.last_apply_error,
             phase_seconds={phase: Histogram((0,) * (len(SECONDS_BUCKETS) + 1), 0.0) for phase in LAYER_PHASES},
-            live_placement=0,
+            live_placement=self.placement.number if self.placement else 0,
             filled_placement=0,
             layer_seconds={"prefill": 0.001 * self.step_number, "decode": 0.0},
             worth={phase: Worth() for phase in STEP_PHASES},
@@ -155,7 +182,7 @@ class Workers:
             top_k=self.top_k,
             slots_per_rank=4,
             bytes_per_slot=BYTES_PER_SLOT,
-            replica_slots_per_rank=8,
+            replica_slots_per_rank=4,
             ranks_per_node=0,
             has_cost_model=False,
             max_model_len=1024,
@@ -187,7 +214,7 @@ class Workers:
             predicted_gain_s=0.0,
             last_plan_time_s=time.time(),
             home_rank_LE=Array.of(np.tile(homes_E, (self.num_layers, 1)).astype(np.int16)),
-            plans=(),
+            plans=tuple(self.plans),
         )
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from llep.messages import Array, Histogram, PlanSample, Report, Worth, encode
 from llep.scheduler.admit import Refusal, Refused, decode
-from llep.scheduler.windows import FORGET_AFTER_S, MOST_SNAPSHOTS, Windows, loads
+from llep.scheduler.show_loads import loads
+from llep.scheduler.windows import FORGET_AFTER_S, Windows
 from llep.views import EngineState, EventKind
 from tests.scheduler.peer import BYTES_PER_SLOT, Workers
 
@@ -81,18 +82,6 @@ def test_an_engine_that_is_gone_has_no_loads() -> None:
     assert (found.tokens, found.window_s) == (0, 0)
 
 
-def test_memory_is_bounded_however_often_an_engine_reports() -> None:
-    windows, workers = Windows(), Workers()
-    for tenth in range(2000):
-        hear(windows, workers, tenth / 10)
-    engine = windows.engines["tiny"]
-    assert 195 <= len(engine.snapshots) <= 205
-    assert engine.snapshots[-1].time_s == 199.9
-    for second in range(200, 200 + 2 * MOST_SNAPSHOTS):
-        hear(windows, workers, second)
-    assert len(engine.snapshots) == MOST_SNAPSHOTS
-
-
 def test_states() -> None:
     windows, workers = Windows(), Workers()
     first, second = workers.reports()
@@ -136,7 +125,7 @@ def test_a_new_start_replaces_the_old_one() -> None:
     new = Workers(ep_size=4, seed=1)
     assert hear(windows, new, 10.0) == [EventKind.ENGINE_RESTARTED, EventKind.ENGINE_UP]
     engine = windows.engines["tiny"]
-    assert engine.info.ep_size == 4 and len(engine.snapshots) == 1
+    assert engine.info.ep_size == 4 and loads(engine, 60, now_s=10.0).tokens == 0
     with pytest.raises(Refused, match="give each engine a name of its own with LLEP_ENGINE") as refused:
         windows.take(old.reports()[0], 11.0)
     assert refused.value.reason is Refusal.REPLACED
@@ -190,7 +179,7 @@ def test_a_doubled_report_does_no_harm() -> None:
         for report in reports:
             assert windows.take(decode(encode(report)), now_s) == []
     engine = windows.engines["tiny"]
-    assert engine.refused == {} and engine.last_seen_s == 3.0 and len(engine.snapshots) == 4
+    assert engine.refused == {} and engine.last_seen_s == 3.0 and engine.doubled == 2 and engine.lost == 0
 
 
 Spoil = Callable[[Report], Report]

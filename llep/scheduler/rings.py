@@ -1,0 +1,64 @@
+"""Rows of cumulative counts at fixed steps of time, in bounded memory: any window is the difference of two rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Rows = npt.NDArray[Any]
+
+
+class Ring:
+    """The first row of every step of time, the last `capacity` of them. Memory is taken as rows come."""
+
+    def __init__(self, step_s: float, capacity: int, width: int, dtype: type[np.generic] = np.float64) -> None:
+        self.step_s = step_s
+        self._times = np.zeros(capacity)
+        self._rows: Rows = np.zeros((capacity, width), dtype=dtype)  # untouched pages take no memory
+        self._count = 0
+
+    def __len__(self) -> int:
+        return min(self._count, len(self._times))
+
+    def wants(self, time_s: float) -> bool:
+        """Whether a row of that time would be the first of its step."""
+        return not self._count or time_s // self.step_s > self._newest_s // self.step_s
+
+    def put(self, time_s: float, row: Rows) -> None:
+        """Keep a row, later than all before it."""
+        at = self._count % len(self._times)
+        self._times[at] = time_s
+        self._rows[at] = row
+        self._count += 1
+
+    @property
+    def times(self) -> npt.NDArray[np.float64]:
+        """Of the rows that are kept, oldest first."""
+        return self._times[self._order()]
+
+    @property
+    def rows(self) -> Rows:
+        """A copy of all rows that are kept, oldest first."""
+        found: Rows = self._rows[self._order()]
+        return found
+
+    def reaches(self, time_s: float) -> bool:
+        """Whether a row that old is kept, or the first there ever was."""
+        return bool(self._count) and (self._count <= len(self._times) or self.times[0] <= time_s)
+
+    def at(self, time_s: float) -> tuple[float, Rows]:
+        """(time, row): the newest not later than that time, else the oldest kept."""
+        times = self.times
+        place = max(int(np.searchsorted(times, time_s, side="right")) - 1, 0)
+        at = self._order()[place]
+        return float(self._times[at]), self._rows[at]
+
+    @property
+    def _newest_s(self) -> float:
+        return float(self._times[(self._count - 1) % len(self._times)])
+
+    def _order(self) -> npt.NDArray[np.int64]:
+        length = len(self)
+        return (np.arange(length) + (self._count - length)) % len(self._times)

@@ -1,0 +1,233 @@
+"""How loads look from outside: views made from an engine's windows. Pure; the caller passes its monotonic clock in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from llep.loads import imbalance_ratio
+from llep.messages import LAYER_PHASES, STEP_PHASES
+from llep.scheduler.evidence import Evidence
+from llep.scheduler.show import ToUnixTime
+from llep.scheduler.totals import DECISIONS, Columns, Window, empty_window
+from llep.scheduler.windows import Engine, KeptPlan
+from llep.views import (
+    EngineLoads,
+    HistoryPoint,
+    HotExpert,
+    LendView,
+    LoadMatrix,
+    PlanView,
+    RankLoads,
+)
+
+Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
+
+MOST_POINTS = 2000
+Replicas = Iterable[tuple[int, int, int]]
+
+
+def loads(
+    engine: Engine, window_s: float, now_s: float, desired_interval_s: float = 0.0, phase: str | None = None
+) -> EngineLoads:
+    """Loads over the last window_s seconds of reports, or what there is of it; nothing if rank 0 has fallen silent."""
+    window = window_of(engine, window_s, now_s, desired_interval_s)
+    chosen = _chosen(phase)
+    layer_steps = float(window.sum("layer_steps_P")[chosen].sum())
+    imbalance_S = window.sum("imbalance_sum_PS")[chosen].sum(axis=0) / max(layer_steps, 1.0)
+    routed_R, computed_R = (window.sum(name)[chosen].sum(axis=0) for name in ("routed_PR", "computed_PR"))
+    return EngineLoads(
+        engine=engine.info.engine,
+        model_name=engine.info.model_name,
+        window_s=window.seconds,
+        tokens=int(window.sum("tokens_P")[chosen].sum()),
+        layer_steps=int(layer_steps),
+        imbalance_ratio_before=float(imbalance_S[0]) if layer_steps else None,
+        imbalance_ratio_after=float(imbalance_S[1]) if layer_steps else None,
+        lends=int(window.total("lends_K")),
+        lend_bytes=int(window.total("lend_bytes")),
+        spilled_tokens=int(window.total("spilled_tokens")),
+        decisions={name: int(n) for name, n in zip(DECISIONS, window.sum("decisions_D"), strict=True) if n},
+        layer_seconds=float(window.sum("layer_seconds_P")[chosen].sum()),
+        ranks=[
+            RankLoads(
+                rank=rank,
+                routed_tokens=int(routed_R[rank]),
+                computed_tokens=int(computed_R[rank]),
+                memory_budget_bytes=report.memory_budget_bytes,
+                memory_used_bytes=report.memory_used_bytes,
+                memory_peak_bytes=report.memory_peak_bytes,
+            )
+            for rank, report in sorted(engine.reports.items())
+        ],
+    )
+
+
+def window_of(engine: Engine, window_s: float, now_s: float, desired_interval_s: float) -> Window:
+    """The last window_s seconds of reports; an empty one if rank 0 has fallen silent."""
+    silent_s = now_s - engine.totals.newest_s
+    if engine.totals.is_empty or silent_s > engine.silence_limit_s(desired_interval_s):
+        return empty_window(engine.info.ep_size, now_s)
+    return engine.totals.window(window_s)
+
+
+def history(engine: Engine, window_s: float, step_s: float, to_unix_time: ToUnixTime) -> list[HistoryPoint]:
+    """Points at about every step_s (at least the step that is kept for so long), oldest first."""
+    if engine.totals.is_empty:
+        return []
+    times, rows = engine.totals.series(window_s, max(step_s, window_s / MOST_POINTS))
+    columns = engine.totals.columns
+    return [
+        _point(columns, to_unix_time(float(at_s)), row)
+        for at_s, row in zip(times[1:], np.diff(rows, axis=0), strict=True)
+    ]
+
+
+def _point(columns: Columns, time_s: float, row: Floats) -> HistoryPoint:
+    layer_steps = float(columns.read(row, "layer_steps_P").sum())
+    imbalance_S = columns.read(row, "imbalance_sum_PS").sum(axis=0) / max(layer_steps, 1.0)
+    return HistoryPoint(
+        time_s=time_s,
+        tokens=int(columns.read(row, "tokens_P").sum()),
+        layer_steps=int(layer_steps),
+        imbalance_ratio_before=float(imbalance_S[0]) if layer_steps else None,
+        imbalance_ratio_after=float(imbalance_S[1]) if layer_steps else None,
+        routed_R=_ints(columns.read(row, "routed_PR").sum(axis=0)),
+        computed_R=_ints(columns.read(row, "computed_PR").sum(axis=0)),
+        lends=int(columns.read(row, "lends_K").sum()),
+        lend_bytes=int(columns.read(row, "lend_bytes").sum()),
+        layer_seconds=float(columns.read(row, "layer_seconds_P").sum()),
+    )
+
+
+def matrix(engine: Engine, by: str, stage: str, window_s: float, phase: str | None) -> LoadMatrix:
+    """Pairs by layer and rank or expert. `by` expert has the stage before only: experts' loads are not moved."""
+    seconds, values_LN = 0.0, np.zeros((len(engine.info.layer_numbers), 0), dtype=np.int64)
+    if not engine.totals.is_empty:
+        seconds, routed_PLE, computed_PLR, _ = engine.totals.experts(window_s)
+        routed_LE, computed_LR = (each[_chosen(phase)].sum(axis=0) for each in (routed_PLE, computed_PLR))
+        values_LN = routed_LE if by == "expert" else computed_LR if stage == "after" else _by_rank(engine, routed_LE)
+    return LoadMatrix(
+        engine=engine.info.engine,
+        by=by,
+        stage=stage,
+        window_s=seconds,
+        layers=list(engine.info.layer_numbers),
+        values=values_LN.tolist(),
+        imbalance_ratio=[imbalance_ratio(row) if row.any() else None for row in values_LN],
+    )
+
+
+def _by_rank(engine: Engine, routed_LE: Counts) -> Counts:
+    """Pairs that plain EP would compute on each rank [L, R]."""
+    home_rank_LE, R = engine.home_rank_LE, engine.info.ep_size
+    assert home_rank_LE is not None
+    L = len(routed_LE)
+    cell_LE = np.arange(L)[:, None] * R + home_rank_LE
+    loads = np.bincount(cell_LE.reshape(-1), routed_LE.reshape(-1), L * R)
+    return loads.reshape(L, R).astype(np.int64)
+
+
+def hot(engine: Engine, limit: int, window_s: float, replicas: Replicas) -> list[HotExpert]:
+    """The experts with the largest shares of their layers' pairs over the window, hottest first."""
+    home_rank_LE = engine.home_rank_LE
+    if engine.totals.is_empty or home_rank_LE is None:
+        return []
+    _, routed_PLE, *_ = engine.totals.experts(window_s)
+    routed_LE = routed_PLE.sum(axis=0)
+    share_LE = routed_LE / np.maximum(routed_LE.sum(axis=1, keepdims=True), 1)
+    count = min(limit, share_LE.size)
+    candidates = np.argpartition(-share_LE.reshape(-1), count - 1)[:count].tolist()
+    hottest = sorted((at for at in candidates if share_LE.flat[at] > 0), key=lambda at: (-share_LE.flat[at], at))
+    copies: dict[tuple[int, int], list[int]] = {}
+    for layer, expert, rank in replicas:
+        copies.setdefault((layer, expert), []).append(rank)
+    found = []
+    for at in hottest:
+        layer, expert = divmod(at, engine.info.num_experts)
+        since_s = float(engine.hot_since_LE[layer, expert])
+        found.append(
+            HotExpert(
+                engine=engine.info.engine,
+                layer=engine.info.layer_numbers[layer],
+                expert=expert,
+                home_rank=int(home_rank_LE[layer, expert]),
+                tokens=int(routed_LE[layer, expert]),
+                share=float(share_LE[layer, expert]),
+                load_ratio=float(share_LE[layer, expert]) * engine.info.num_experts,
+                hot_for_s=max(engine.totals.newest_s - since_s, 0.0) if math.isfinite(since_s) else 0.0,
+                replica_ranks=sorted(copies.get((layer, expert), [])),
+            )
+        )
+    return found
+
+
+def plan_view(engine: Engine, kept: KeptPlan) -> PlanView:
+    sample, info = kept.sample, engine.info
+    return PlanView(
+        engine=info.engine,
+        id=kept.id,
+        step=sample.step,
+        layer=info.layer_numbers[sample.layer],
+        phase=sample.phase,
+        time_s=sample.time_s,
+        decision=sample.decision,
+        tokens=sample.tokens,
+        routed=list(sample.routed_R),
+        computed=list(sample.computed_R),
+        imbalance_ratio_before=imbalance_ratio(sample.routed_R),
+        imbalance_ratio_after=imbalance_ratio(sample.computed_R),
+        lends=[
+            LendView(expert=expert, src_rank=src_rank, dst_rank=dst_rank, tokens=tokens)
+            for expert, src_rank, dst_rank, tokens in sample.lends
+        ],
+        lend_bytes=len(sample.lends) * info.bytes_per_slot,
+        predicted_gain_s=sample.predicted_gain_s,
+        layer_seconds=sample.layer_seconds,
+    )
+
+
+def evidence_of(engine: Engine, window_s: float, now_s: float, desired_interval_s: float = 0.0) -> Evidence:
+    """What the last window_s say, for a decision."""
+    window = window_of(engine, window_s, now_s, desired_interval_s)
+    info, layer_steps_P = engine.info, window.sum("layer_steps_P")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio_PS = window.sum("imbalance_sum_PS") / layer_steps_P[:, None]
+    return Evidence(
+        settings=engine.live_settings,
+        window_s=window.seconds,
+        ep_size=info.ep_size,
+        num_layers=len(info.layer_numbers),
+        top_k=info.top_k,
+        has_cost_model=info.has_cost_model,
+        tokens_P=window.sum("tokens_P"),
+        layer_steps_P=layer_steps_P,
+        before_P=ratio_PS[:, 0],
+        after_P=ratio_PS[:, 1],
+        layer_seconds_P=window.sum("layer_seconds_P"),
+        phase_seconds=dict(zip(LAYER_PHASES, window.sum("phase_seconds_F").tolist(), strict=True)),
+        lends=window.total("lends_K"),
+        lend_bytes=window.total("lend_bytes"),
+        decisions=dict(zip(DECISIONS, window.sum("decisions_D").tolist(), strict=True)),
+        predicted_gain_s=window.total("predicted_gain_s"),
+        worth_NPW=_worth_windows(engine, window),
+    )
+
+
+def _worth_windows(engine: Engine, window: Window) -> Floats:
+    if window.seconds <= 0:
+        return np.zeros((0, *window.sum("worth_PW").shape))
+    _, rows = engine.totals.series(window.seconds, 10.0)
+    return np.diff(engine.totals.columns.read(rows, "worth_PW"), axis=0)
+
+
+def _chosen(phase: str | None) -> list[int]:
+    return list(range(len(STEP_PHASES))) if phase is None else [STEP_PHASES.index(phase)]
+
+
+def _ints(values: Floats | Sequence[float]) -> list[int]:
+    return [int(value) for value in values]

@@ -1,0 +1,229 @@
+"""All that is counted of one engine, as rows of numbers; what happened in a window is the difference of two rows.
+
+Shape letters: P phases of steps, S stages, R ranks, K links, D decisions, F phases of a layer, W fields of Worth,
+L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from llep.messages import LAYER_PHASES, LINKS, STAGES, STEP_PHASES, Report, Worth
+from llep.plan import Decision
+from llep.scheduler.admit import Counters
+from llep.scheduler.rings import Ring
+
+Floats = npt.NDArray[np.float64]
+
+WORTH_FIELDS = len(Worth.__struct_fields__)
+# Of each rank: seconds by step phase and by layer phase, worth by step phase, memory used and free.
+PER_RANK = len(STEP_PHASES) + len(LAYER_PHASES) + len(STEP_PHASES) * WORTH_FIELDS
+GAUGES = 2
+DECISIONS = tuple(str(decision) for decision in Decision)
+
+RANK_STEPS = ((1.0, 600), (10.0, 720), (60.0, 720))  # (seconds, rows): 10 minutes, 2 hours, 12 hours
+EXPERT_STEPS = ((10.0, 25), (60.0, 31))  # 4 minutes, half an hour
+
+
+class Columns:
+    """Where in a row of an engine with ep_size ranks each count stands."""
+
+    def __init__(self, ep_size: int) -> None:
+        P, S, R = len(STEP_PHASES), len(STAGES), ep_size
+        self._shapes: dict[str, tuple[int, ...]] = {
+            "tokens_P": (P,),
+            "layer_steps_P": (P,),
+            "imbalance_sum_PS": (P, S),
+            "routed_PR": (P, R),
+            "computed_PR": (P, R),
+            "lends_K": (len(LINKS),),
+            "lend_bytes": (1,),
+            "spilled_tokens": (1,),
+            "predicted_gain_s": (1,),
+            "decisions_D": (len(DECISIONS),),
+            # Means over ranks.
+            "layer_seconds_P": (P,),
+            "phase_seconds_F": (len(LAYER_PHASES),),
+            "worth_PW": (P, WORTH_FIELDS),
+            # Gauges: they don't grow, and their difference says nothing.
+            "memory_used_R": (R,),
+            "memory_free_R": (R,),
+        }
+        self._slices: dict[str, slice] = {}
+        start = 0
+        for name, shape in self._shapes.items():
+            self._slices[name] = slice(start, start + prod(shape))
+            start += prod(shape)
+        self.width = start
+
+    def read(self, row: Floats, name: str) -> Floats:
+        """One count in rows [..., width] by its name, in its own shape."""
+        return row[..., self._slices[name]].reshape(*row.shape[:-1], *self._shapes[name])
+
+    def row(self, report: Report, found: Counters, per_rank_RX: Floats) -> Floats:
+        """The row of rank 0's report, with what every rank last said of its own time and memory."""
+        group = report.group
+        assert group is not None
+        lends_K = found["lends_in_RK"].sum(axis=0)
+        seconds_X = per_rank_RX[:, :PER_RANK].mean(axis=0)
+        return np.concatenate(
+            [
+                found["tokens_PL"].max(axis=1),
+                found["layer_steps_PL"].sum(axis=1),
+                found["imbalance_sum_PLS"].sum(axis=1).reshape(-1),
+                found["routed_PLR"].sum(axis=1).reshape(-1),
+                found["computed_PLR"].sum(axis=1).reshape(-1),
+                lends_K,
+                [
+                    float(lends_K.sum()) * group.bytes_per_lend,
+                    float(found["spilled_in_R"].sum()),
+                    group.predicted_gain_s,
+                ],
+                [group.decisions.get(name, 0) for name in DECISIONS],
+                seconds_X,
+                per_rank_RX[:, PER_RANK:].T.reshape(-1),
+            ]
+        )
+
+
+def per_rank(report: Report) -> list[float]:
+    """What a rank says of its own time and memory: PER_RANK + GAUGES numbers."""
+    nothing = Worth()
+    return [
+        *(report.layer_seconds.get(phase, 0.0) for phase in STEP_PHASES),
+        *(report.phase_seconds[phase].sum if phase in report.phase_seconds else 0.0 for phase in LAYER_PHASES),
+        *(value for phase in STEP_PHASES for value in msgspec.structs.astuple(report.worth.get(phase, nothing))),
+        report.memory_used_bytes,
+        report.device_free_bytes,
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What happened between two rows. `times` are monotonic seconds of both."""
+
+    columns: Columns
+    from_s: float
+    to_s: float
+    _difference: Floats
+    _newest: Floats
+
+    @property
+    def seconds(self) -> float:
+        return self.to_s - self.from_s
+
+    def sum(self, name: str) -> Floats:
+        return self.columns.read(self._difference, name)
+
+    def total(self, name: str) -> float:
+        return float(self.sum(name).sum())
+
+    def now(self, name: str) -> Floats:
+        """A gauge."""
+        return self.columns.read(self._newest, name)
+
+
+class Totals:
+    """The rows of one engine: rank level at RANK_STEPS, every expert of every layer at EXPERT_STEPS."""
+
+    def __init__(self, ep_size: int, num_layers: int, num_experts: int) -> None:
+        self.columns = Columns(ep_size)
+        self.newest_s = -np.inf
+        self.newest = np.zeros(self.columns.width)
+        self._rings = [Ring(step_s, rows, self.columns.width) for step_s, rows in RANK_STEPS]
+        P, L, R, E = len(STEP_PHASES), num_layers, ep_size, num_experts
+        self._shape_PLE, self._shape_PLR = (P, L, E), (P, L, R)
+        # Modulo 2^32: the difference of two rows is right all the same, up to 4 billion pairs of one expert.
+        width = P * L * (E + R) + L
+        self._expert_rings = [Ring(step_s, rows, width, np.uint32) for step_s, rows in EXPERT_STEPS]
+        self.newest_experts: npt.NDArray[np.uint32] = np.zeros(width, dtype=np.uint32)
+
+    @property
+    def is_empty(self) -> bool:
+        return not len(self._rings[0])
+
+    def begin(self, time_s: float) -> None:
+        """Nothing was counted at that time."""
+        self._put(time_s, self.newest, self.newest_experts)
+
+    def put(self, time_s: float, row: Floats, found: Counters) -> bool:
+        """Take the newest counts. Whether a new step of the experts' has begun."""
+        experts = np.concatenate(
+            [found["routed_PLE"].reshape(-1), found["computed_PLR"].reshape(-1), found["lends_L"]],
+            dtype=np.uint32,
+            casting="unsafe",
+        )
+        self.newest, self.newest_experts, self.newest_s = row, experts, time_s
+        is_new = self._expert_rings[0].wants(time_s)
+        self._put(time_s, row, experts)
+        return is_new
+
+    def _put(self, time_s: float, row: Floats, experts: npt.NDArray[np.uint32]) -> None:
+        for ring in self._rings:
+            if ring.wants(time_s):
+                ring.put(time_s, row)
+        for ring in self._expert_rings:
+            if ring.wants(time_s):
+                ring.put(time_s, experts)
+
+    def window(self, window_s: float) -> Window:
+        """The newest row less the one window_s before it, or what there is of it."""
+        from_s, base = _ring_for(self._rings, self.newest_s - window_s).at(self.newest_s - window_s)
+        return Window(self.columns, from_s, self.newest_s, self.newest - base, self.newest)
+
+    def series(self, window_s: float, step_s: float) -> tuple[Floats, Floats]:
+        """(times, rows) at about every step_s over the window; the newest last, and the one before the window first."""
+        start_s = self.newest_s - window_s
+        fitting = [ring for ring in self._rings if ring.step_s <= step_s] or self._rings[:1]
+        ring = _ring_for(fitting, start_s)
+        times, rows = np.append(ring.times, self.newest_s), np.vstack([ring.rows, self.newest])
+        steps = np.floor((times - self.newest_s) / max(step_s, ring.step_s) + 1e-6)
+        is_last = np.append(np.diff(steps) > 0, True)
+        is_wanted = is_last & ((times >= start_s) | (np.append(times[1:], np.inf) > start_s))
+        found: Floats = rows[is_wanted]
+        return times[is_wanted], found
+
+    def experts(
+        self, window_s: float
+    ) -> tuple[float, npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(seconds covered, routed_PLE, computed_PLR, lends_L) of the window, or what there is of it."""
+        start_s = self.newest_s - window_s
+        from_s, base = _ring_for(self._expert_rings, start_s).at(start_s)
+        return (self.newest_s - from_s, *self._parts(self.newest_experts - base))
+
+    def routed_windows(self) -> tuple[Floats, Floats]:
+        """(times [N + 1], pairs routed [N, L, E], both phases) of the finest steps that are kept, the oldest first."""
+        ring = self._expert_rings[0]
+        size = int(np.prod(self._shape_PLE))
+        rows = ring.rows[:, :size]
+        routed_NPLE = np.diff(rows, axis=0).reshape(-1, *self._shape_PLE)
+        return ring.times, routed_NPLE.sum(axis=1, dtype=np.float64)
+
+    def _parts(
+        self, row: npt.NDArray[np.uint32]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        sizes = [int(np.prod(self._shape_PLE)), int(np.prod(self._shape_PLR))]
+        routed, computed, lends_L = np.split(row.astype(np.int64), np.cumsum(sizes))
+        return routed.reshape(self._shape_PLE), computed.reshape(self._shape_PLR), lends_L
+
+
+def _ring_for(rings: list[Ring], start_s: float) -> Ring:
+    """The finest that goes back so far, else the one that goes back furthest."""
+    reaching = [ring for ring in rings if ring.reaches(start_s)]
+    return reaching[0] if reaching else rings[-1]
+
+
+def empty_window(ep_size: int, now_s: float) -> Window:
+    columns = Columns(ep_size)
+    nothing = np.zeros(columns.width)
+    return Window(columns, now_s, now_s, nothing, nothing)
+
+
+def as_counts(values: npt.NDArray[Any]) -> list[int]:
+    return [int(value) for value in values]
