@@ -57,6 +57,18 @@ class UnknownRevision(LlepError):
     code = "unknown_revision"
 
 
+class UnknownRecording(LlepError):
+    """There is no recording of that id."""
+
+    code = "unknown_recording"
+
+
+class RecordingConflict(LlepError):
+    """What is asked of a recording does not go with the state it is in."""
+
+    code = "recording_conflict"
+
+
 class SchedulerUnreachable(LlepError):
     """The scheduler (a Ray actor) did not answer."""
 
@@ -80,5 +92,6 @@ ERRORS_BY_CODE: dict[str, type[LlepError]] = {
     for cls in (
         *(LlepError, SettingsError, UnknownEngine, UnknownRevision, UnknownPlan, RevisionConflict),
         *(PlacementRefused, SchedulerUnreachable, StoreUnavailable, UnsupportedConfiguration),
+        *(UnknownRecording, RecordingConflict),
     )
 }

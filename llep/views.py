@@ -285,6 +285,7 @@ class RecordingView(View):
     steps: int
     bytes: int
     problem: str
+    data_bytes: int = 0  # of the tar that recording_read gives; 0 until the recording has ended
 
 
 class EventKind(StrEnum):

@@ -19,7 +19,6 @@ from llep.cost import cost_model
 from llep.errors import SettingsError
 from llep.loads import home_loads, imbalance_ratio
 from llep.placement import Placement
-from llep.plan import Plan
 from llep.planning import PLANNERS, PlanOptions, plan_step
 
 TIMED_PLANS = 20
@@ -92,13 +91,13 @@ def answer(question: Question, planner: str) -> dict[str, Any]:
         "after": _loads(plan.rank_loads),
         "segments": [segment._asdict() for segment in plan.segments],
         "lends": [lend._asdict() for lend in plan.lends],
-        "lend_bytes": len(plan.lends) * bytes_per_lend(plan, options),
+        "lend_bytes": len(plan.lends) * bytes_per_lend(options),
         "plan_us": round(statistics.median(seconds) * 1e6, 3),
         "predicted_gain_us": round(plan.predicted_gain_s * 1e6, 3),
     }
 
 
-def bytes_per_lend(plan: Plan, options: PlanOptions) -> int:
+def bytes_per_lend(options: PlanOptions) -> int:
     """Bytes of one lend: as told, else as the cost model's expert has them, else 0."""
     if options.bytes_per_expert or options.cost_model is None:
         return options.bytes_per_expert

@@ -34,7 +34,12 @@ MOST_ACTOR_CALLS = 8192  # a long poll of each agent, and everybody else
 
 CALL_TIMEOUT_S = 2.0
 CHANGE_TIMEOUT_S = 5.0  # beyond the wait_s of a change
-CHANGES = frozenset({"patch_settings", "set_mode", "rollback"})
+CHANGES = frozenset(
+    {
+        *("patch_settings", "set_mode", "rollback", "placement_apply", "placement_rollback"),
+        *("recording_start", "recording_stop", "recording_delete"),
+    }
+)
 # Not tried again unasked when the actor dies under them: a change may have been stored, and who waits for a directive
 # wants to know that the scheduler has lost its memory.
 TRIED_ONCE = CHANGES | {"wait_directive"}
@@ -156,7 +161,7 @@ class SchedulerClient:
         raise ERRORS_BY_CODE.get(answer["error"], LlepError)(answer["message"], param=answer["param"])
 
     def _unreachable(self, why: str, method: str = "") -> SchedulerUnreachable:
-        doubt = "; whether the change was stored is not known: read the settings" if method in CHANGES else ""
+        doubt = "; whether the change was stored is not known: look again" if method in CHANGES else ""
         return SchedulerUnreachable(
             f"the scheduler can't be reached through Ray at {self.address} (namespace {self.namespace}): {why}{doubt}. "
             "Start Ray there with `ray start --head`, or set LLEP_RAY_ADDRESS to where it runs"

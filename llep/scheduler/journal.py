@@ -89,9 +89,18 @@ class Journal:
         if self._store is not None:
             self._try(self._write_waiting)
 
-    def events(self, limit: int, *, before_id: int | None, after_id: int | None) -> list[Event]:
+    def events(
+        self,
+        limit: int,
+        *,
+        before_id: int | None,
+        after_id: int | None,
+        engine: str | None = None,
+        kinds: Sequence[str] | None = None,
+    ) -> list[Event]:
         """Newest first. Raises StoreUnavailable."""
-        return self._do(lambda store: store.events(limit, before_id=before_id, after_id=after_id))
+        wanted = {"before_id": before_id, "after_id": after_id}
+        return self._do(lambda store: store.events(limit, **wanted, engine=engine, kinds=kinds))
 
     def revisions(self, limit: int, before: int | None) -> list[Revision]:
         """Newest first. Raises StoreUnavailable."""

@@ -111,12 +111,17 @@ class Questions(Core):
         return [decision.model_dump(mode="json") for decision in found]
 
     async def events(
-        self, limit: int = 100, before_id: int | None = None, after_id: int | None = None
+        self,
+        limit: int = 100,
+        before_id: int | None = None,
+        after_id: int | None = None,
+        engine: str | None = None,
+        kinds: list[str] | None = None,
     ) -> list[dict[str, Any]]:
-        """Events, newest first. Raises StoreUnavailable."""
+        """Events, newest first; only those of an engine, of some kinds, where given. Raises StoreUnavailable."""
         self._tick()
         check_limit(limit)
-        found = self._journal.events(limit, before_id=before_id, after_id=after_id)
+        found = self._journal.events(limit, before_id=before_id, after_id=after_id, engine=engine, kinds=kinds)
         return [event.model_dump(mode="json") for event in found]
 
     async def status(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -223,11 +223,25 @@ class Store:
     def add_events(self, events: Iterable[NewEvent]) -> None:
         self._write(*map(_insert, events))
 
-    def events(self, limit: int, *, before_id: int | None = None, after_id: int | None = None) -> list[Event]:
-        """Events newest first. before_id: only older ones; after_id: only newer ones."""
+    def events(
+        self,
+        limit: int,
+        *,
+        before_id: int | None = None,
+        after_id: int | None = None,
+        engine: str | None = None,
+        kinds: Sequence[str] | None = None,
+    ) -> list[Event]:
+        """Events newest first. before_id: only older ones; after_id: only newer ones; of an engine, of some kinds."""
+        conditions = "id < ? AND id > ?" + (" AND engine = ?" if engine is not None else "")
+        if kinds is not None:
+            conditions += f" AND kind IN ({', '.join('?' * len(kinds))})"
         rows = self._read(
-            "SELECT * FROM events WHERE id < ? AND id > ? ORDER BY id DESC LIMIT ?",
-            *(before_id if before_id is not None else 1 << 62, after_id if after_id is not None else -1, limit),
+            f"SELECT * FROM events WHERE {conditions} ORDER BY id DESC LIMIT ?",
+            *(before_id if before_id is not None else 1 << 62, after_id if after_id is not None else -1),
+            *(() if engine is None else (engine,)),
+            *(() if kinds is None else kinds),
+            limit,
         )
         names = ("id", "time_s", "kind", "engine", "author", "message", "data")
         return [Event(**{**dict(zip(names, row, strict=True)), "data": msgspec.json.decode(row[-1])}) for row in rows]

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from llep.shapes import ModelShape, StepCounts, split_sources
-from llep.simulate.contenders import make_planner
+from llep.simulate.contenders import Planner, make_planner
 from llep.simulate.judge import Judge
 from llep.simulate.setup import Setup
 from llep.simulate.tally import Tally
 
-__all__ = ["Setup", "Simulation", "simulate", "summary"]
+__all__ = ["Setup", "Simulation", "replay", "simulate", "summary"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,17 @@ def simulate(
     Counts with another number of source ranks are dealt to the setup's ranks (`shapes.split_sources`). SettingsError
     for an unknown planner or one that the setup rules out; ValueError for counts of another shape.
     """
-    running = [(make_planner(name, setup), Tally(name, setup)) for name in dict.fromkeys(planners)]
+    return replay(steps, setup, {name: make_planner(name, setup) for name in planners}, on_step)
+
+
+def replay(
+    steps: Iterable[StepCounts],
+    setup: Setup,
+    planners: Mapping[str, Planner],
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Simulation:
+    """The same for planners that are made already, by the name of their tally."""
+    running = [(planner, Tally(name, setup)) for name, planner in planners.items()]
     judge = Judge(setup)
     number = layer_steps = tokens = 0
     ideal_s = 0.0 if setup.options.cost_model is not None else None

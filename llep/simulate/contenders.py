@@ -12,11 +12,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from llep.config import Settings
 from llep.errors import SettingsError
 from llep.plan import Plan
 from llep.planning import PLANNERS, plan_step
 from llep.planning.eplb import plan_eplb
 from llep.planning.peers import copies_of, holders_of, plan_even_split, plan_exact, plan_lp_split, plan_optimum
+from llep.planning.policy import Step, decide
 from llep.planning.replicas import Forecast, Replica, ReplicaLimits, plan_replicas
 from llep.simulate.setup import Setup
 
@@ -60,6 +62,26 @@ class StepPlanner:
 
     def seen(self, loads_LE: Counts) -> None:
         pass
+
+
+class SettingsPlanner(StepPlanner):
+    """What an engine does under some settings, over fixed home ranks."""
+
+    def __init__(self, settings: Settings, setup: Setup) -> None:
+        super().__init__("home", setup)
+        self._settings, self._setup = settings, setup
+
+    def plan(self, layer: int, counts_RE: Counts, tokens_E: Counts, phase: str) -> Plan:
+        return decide(
+            self._settings,
+            Step(phase, int(tokens_E.sum()) // self._setup.shape.top_k),
+            self._setup.shape.layer_numbers[layer],
+            counts_RE,
+            self._placements[layer],
+            self._setup.bytes_per_expert,
+            self._setup.options.ranks_per_node,
+            self._setup.options.cost_model,
+        )
 
 
 class ReplicaPlanner(StepPlanner):

@@ -11,10 +11,15 @@ from llep import __version__
 from llep.scheduler.client import SchedulerClient
 from llep_server import errors, page, routes
 from llep_server.config import ServerConfig
+from llep_server.depends import bearer
 from llep_server.keys import KeyRing
 from llep_server.metrics import Exposition
 from llep_server.middleware import BoundedBody, Gate, RequestContext
+from llep_server.operations import Operations
+from llep_server.recordings import Downloads
 from llep_server.scheduler import Caller, Scheduler
+from llep_server.simulation import Simulator
+from llep_server.stream import Broadcast
 
 
 def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
@@ -27,11 +32,14 @@ def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
     carrier = caller or client
     assert carrier is not None
     scheduler = Scheduler(carrier)
+    broadcast, simulator, operations = Broadcast(scheduler), Simulator(scheduler), Operations(scheduler)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with client or nullcontext():
             yield
+            for part in (broadcast, simulator, operations):
+                await part.close()
 
     app = FastAPI(
         title="llep control plane",
@@ -45,10 +53,14 @@ def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
     app.state.keys = keys
     app.state.scheduler = scheduler
     app.state.exposition = Exposition(scheduler)
-    guarded = [Depends(routes.bearer)] if keys else []
+    app.state.broadcast = broadcast
+    app.state.simulator = simulator
+    app.state.operations = operations
+    app.state.downloads = Downloads(scheduler)
+    guarded = [Depends(bearer)] if keys else []
     app.include_router(page.router)
-    app.include_router(routes.ops)
-    app.include_router(routes.scrape, dependencies=guarded)
+    app.include_router(routes.ops.router)
+    app.include_router(routes.ops.scrape, dependencies=guarded)
     app.include_router(routes.v1, dependencies=guarded)
     errors.install(app)
     # The last one added sees the request first.

@@ -13,7 +13,17 @@ from llep_server.samples import ENGINE_LABELS
 
 CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
 METHODS = ("get", "put", "post", "patch", "delete")
-BODIES = {"/v1/settings": {"imbalance_threshold": 1.5}, "/v1/mode": {"mode": "observe", "ttl_s": 600}}
+# Examples of bodies; a POST that is not here takes none.
+BODIES: Mapping[str, Any] = {
+    "/v1/settings": {"imbalance_threshold": 1.5},
+    "/v1/settings/rollback": {"revision": 3, "reason": "worse than before"},
+    "/v1/mode": {"mode": "observe", "ttl_s": 600},
+    "/v1/plans/simulate": {"tokens": [[4000, 96], [4000, 96]], "min_chunk_tokens": 64},
+    "/v1/placement/apply": {"dry_run": True},
+    "/v1/placement/rollback": {"reason": "worse than before"},
+    "/v1/recordings": {"duration_s": 60},
+    "/v1/tuning": {"recording": "ID", "cost_model": "h100"},
+}
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881 }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -63,9 +73,12 @@ def _operation(base_url: str, method: str, path: str, operation: Mapping[str, An
 
 def curl(base_url: str, method: str, path: str) -> str:
     """A command that can be tried as it is (where a path names an engine: after putting its id there)."""
-    url = base_url + path.replace("{engine}", "ENGINE")
+    url = base_url + path.replace("{engine}", "ENGINE").replace("{id}", "ID")
     if method == "get":
-        return f"curl {url}"
+        options = {"/v1/loads/stream": "-N ", "/v1/recordings/{id}/data": "-C - -o recording.tar "}.get(path, "")
+        return f"curl {options}{url}"
+    if path not in BODIES:
+        return f"curl -X {method.upper()} {url}"
     body = json.dumps(BODIES[path])
     return f"curl -X {method.upper()} {url} -H 'Content-Type: application/json' -d '{body}'"
 
@@ -74,6 +87,10 @@ def _rule(schema: Mapping[str, Any]) -> str:
     """A JSON schema of one value in a few words."""
     if "anyOf" in schema:
         return _rule(next(option for option in schema["anyOf"] if option.get("type") != "null"))
+    if "$ref" in schema or "enum" in schema:
+        return (
+            "one of " + ", ".join(map(str, schema["enum"])) if "enum" in schema else schema["$ref"].rpartition("/")[2]
+        )
     if schema["type"] == "array":
         return "list of " + _rule(schema["items"])
     low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")

@@ -18,12 +18,14 @@ from starlette.types import Scope as AsgiScope
 from llep.errors import (
     LlepError,
     PlacementRefused,
+    RecordingConflict,
     RevisionConflict,
     SchedulerUnreachable,
     SettingsError,
     StoreUnavailable,
     UnknownEngine,
     UnknownPlan,
+    UnknownRecording,
     UnknownRevision,
     UnsupportedConfiguration,
 )
@@ -85,6 +87,56 @@ class BodyTooSlow(LlepError):
     code = "body_too_slow"
 
 
+class ForeignOrigin(LlepError):
+    """A page of another site must not change anything in a browser's name."""
+
+    code = "foreign_origin"
+
+
+class TooManyFailures(LlepError):
+    """One address has sent too many wrong keys."""
+
+    code = "too_many_failures"
+
+
+class UnknownOperation(LlepError):
+    code = "unknown_operation"
+
+
+class InvalidRecording(LlepError):
+    """A recording's content can't be replayed."""
+
+    code = "invalid_recording"
+
+
+class InvalidRange(LlepError):
+    """The bytes asked for are not there."""
+
+    code = "invalid_range"
+
+
+class MissingPackage(LlepError):
+    """What is asked for needs a package that is not installed."""
+
+    code = "missing_package"
+
+
+class Busy(LlepError):
+    """As much as is allowed at once is being done already."""
+
+    code = "busy"
+
+
+class TooManyStreams(LlepError):
+    code = "too_many_streams"
+
+
+class TookTooLong(LlepError):
+    """It was given up after the time that it may take."""
+
+    code = "took_too_long"
+
+
 class NotReady(LlepError):
     """Some part that readiness needs is missing."""
 
@@ -97,29 +149,43 @@ STATUS_BY_ERROR: dict[type[LlepError], int] = {
     Unauthenticated: 401,
     Forbidden: 403,
     ForeignHost: 403,
+    ForeignOrigin: 403,
     UnknownEngine: 404,
     UnknownPlan: 404,
     UnknownRevision: 404,
+    UnknownRecording: 404,
+    UnknownOperation: 404,
     BodyTooSlow: 408,
+    RecordingConflict: 409,
     RevisionConflict: 412,
     BodyTooLarge: 413,
     UnsupportedMediaType: 415,
+    InvalidRange: 416,
     InvalidRequest: 422,
     PlacementRefused: 422,
     SettingsError: 422,
     UnsupportedConfiguration: 422,
+    InvalidRecording: 422,
+    MissingPackage: 422,
+    TooManyFailures: 429,
     LlepError: 500,
     SchedulerUnreachable: 503,
     StoreUnavailable: 503,
+    Busy: 503,
+    TooManyStreams: 503,
     NotReady: 503,
+    TookTooLong: 504,
 }
 TYPE_BY_STATUS = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    409: "conflict_error",
     412: "conflict_error",
+    429: "rate_limit_error",
     500: "internal_error",
     503: "unavailable_error",
+    504: "timeout_error",
 }
 CODE_BY_STATUS = {400: "invalid_body", 404: "not_found", 405: "method_not_allowed"}
 HEADERS_BY_STATUS = {401: {"WWW-Authenticate": 'Bearer realm="llep"'}, 503: {"Retry-After": "2"}}
@@ -143,9 +209,9 @@ def json_response(body: Mapping[str, Any], status: int, headers: Mapping[str, st
     return Response(content, status, headers, media_type="application/json")
 
 
-def respond(scope: AsgiScope, error: LlepError) -> Response:
+def respond(scope: AsgiScope, error: LlepError, headers: Mapping[str, str] | None = None) -> Response:
     status = status_of(error)
-    return json_response(error_body(scope, status, error.message, error.code, error.param), status)
+    return json_response(error_body(scope, status, error.message, error.code, error.param), status, headers)
 
 
 def describe(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -211,11 +277,11 @@ def _explain(request: Request, error: RequestValidationError) -> LlepError:
     where, *names = first["loc"]
     if first["type"] == "json_invalid":
         return InvalidJson(f"the body is not JSON: {first['ctx']['error']} at character {names[-1]}", param="body")
-    media_type = request.headers.get("content-type", "")
-    if where == "body" and not names and not media_type.partition(";")[0].strip().lower().endswith("json"):
-        return UnsupportedMediaType(
-            f"the body's Content-Type is {media_type or 'missing'}: send it as application/json", param="body"
-        )
+    if where == "body" and not names:
+        try:
+            require_json(request)
+        except UnsupportedMediaType as wrong:
+            return wrong
     name = ".".join(str(name) for name in names) or str(where)
     rule = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "missing":
@@ -223,6 +289,15 @@ def _explain(request: Request, error: RequestValidationError) -> LlepError:
     if first["type"] == "extra_forbidden":
         return InvalidRequest(f"{name} is not a member of this {where}", param=name)
     return InvalidRequest(f"{name}={_short(first['input'])} is not valid: {rule[0].lower()}{rule[1:]}", param=name)
+
+
+def require_json(request: Request) -> None:
+    """Raises UnsupportedMediaType unless the body says that it is JSON."""
+    media_type = request.headers.get("content-type", "")
+    if not media_type.partition(";")[0].strip().lower().endswith("json"):
+        raise UnsupportedMediaType(
+            f"the body's Content-Type is {media_type or 'missing'}: send it as application/json", param="body"
+        )
 
 
 def _short(value: Any) -> str:

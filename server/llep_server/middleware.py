@@ -29,11 +29,14 @@ from llep_server.keys import ANONYMOUS, KeyRing, Principal, Scope
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1 << 20
+MAX_BODY_BYTES_BY_PATH = {"/v1/plans/simulate": 16 << 20}
 MAX_BODY_S = 30.0
 # Probes, and what says nothing about engines. Whatever is not named here needs a key where there are keys.
 OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/health", "/version", "/docs", "/openapi.json"})
 OPEN_PREFIX = "/static/"  # the page's own files
 READING_METHODS = frozenset({"GET", "HEAD"})
+# POST because they take a body or much time: they change nothing, scope read is enough.
+READING_PATHS = frozenset({"/v1/plans/simulate", "/v1/placement/suggest"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -107,7 +110,8 @@ class Gate:
             raise Unauthenticated(
                 f"{what}: send 'Authorization: Bearer KEY' with a key of the control plane's keys file"
             )
-        needed = Scope.READ if scope["method"] in READING_METHODS else Scope.ADMIN
+        is_reading = scope["method"] in READING_METHODS or scope["path"] in READING_PATHS
+        needed = Scope.READ if is_reading else Scope.ADMIN
         if not principal.may(needed):
             raise Forbidden(f"the key of {principal.name!r} has scope read, this needs scope admin: use another key")
         return principal
@@ -124,7 +128,7 @@ class BoundedBody:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         try:
-            body = await _read_body(Headers(scope=scope), receive, self.max_s)
+            body = await _read_body(Headers(scope=scope), receive, most_bytes(scope["path"]), self.max_s)
         except LlepError as error:
             response = respond(scope, error)
             response.headers["Connection"] = "close"  # the rest of the body is not going to be read
@@ -157,11 +161,16 @@ def _is_address(name: str) -> bool:
     return bool(re.fullmatch(r"\[[0-9a-fA-F:.]+\]|[0-9.]+", name))
 
 
-async def _read_body(headers: Headers, receive: Receive, max_s: float) -> bytes | None:
+def most_bytes(path: str) -> int:
+    """What a body sent there may have."""
+    return MAX_BODY_BYTES_BY_PATH.get(path, MAX_BODY_BYTES)
+
+
+async def _read_body(headers: Headers, receive: Receive, most: int, max_s: float) -> bytes | None:
     """The body; None if the client went away. Raises BodyTooLarge, BodyTooSlow."""
     announced = headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
-        raise BodyTooLarge(_too_large(f"{announced} bytes"), param="body")
+    if announced.isdecimal() and int(announced) > most:
+        raise BodyTooLarge(_too_large(f"{announced} bytes", most), param="body")
     body = bytearray()
     try:
         async with asyncio.timeout(max_s):
@@ -170,16 +179,16 @@ async def _read_body(headers: Headers, receive: Receive, max_s: float) -> bytes 
                 if message["type"] == "http.disconnect":
                     return None
                 body += message.get("body", b"")
-                if len(body) > MAX_BODY_BYTES:
-                    raise BodyTooLarge(_too_large("more"), param="body")
+                if len(body) > most:
+                    raise BodyTooLarge(_too_large("more", most), param="body")
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError:
         raise BodyTooSlow(f"the body did not arrive within {max_s:g} s: send it again", param="body") from None
 
 
-def _too_large(size: str) -> str:
-    return f"the body has {size}, at most {MAX_BODY_BYTES} bytes (1 MiB) are taken"
+def _too_large(size: str, most: int) -> str:
+    return f"the body has {size}, at most {most} bytes ({most >> 20} MiB) are taken"
 
 
 async def _replay(first: list[Message], receive: Receive) -> Message:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,9 +23,98 @@ class Page(BaseModel, Generic[T]):
     next_cursor: str | None = None
 
 
-class ModeChange(BaseModel):
+class Body(BaseModel):
+    """What a route takes: nothing unknown, no infinities."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+
+EngineField = Annotated[
+    str | None, Field(max_length=200, description="which engine; not needed while there is only one")
+]
+ReasonField = Annotated[str, Field(max_length=500, description="why, for the audit trail")]
+DryRunField = Annotated[bool, Field(description="say what would change, change nothing")]
+Place = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Rollback(Body):
+    revision: int = Field(ge=0, lt=2**62, description="whose settings are to hold again; 0: as the engines started")
+    reason: ReasonField = ""
+    dry_run: DryRunField = False
+
+
+class PlacementChange(Body):
+    engine: EngineField = None
+    replicas: list[tuple[Place, Place, Place]] | None = Field(
+        None, max_length=100_000, description="[layer number, expert, rank] of each copy; null: the suggestion's"
+    )
+    reason: ReasonField = ""
+    dry_run: DryRunField = False
+
+
+class PlacementRollback(Body):
+    engine: EngineField = None
+    reason: ReasonField = ""
+
+
+class RecordingOrder(Body):
+    engine: EngineField = None
+    duration_s: float | None = Field(None, gt=0, le=24 * 3600, description="end after so many seconds")
+    steps: int | None = Field(None, ge=1, lt=2**31, description="end after so many steps")
+    max_bytes: int | None = Field(None, ge=1, lt=2**40, description="end at this size; record_max_bytes without it")
+    reason: ReasonField = ""
+
+
+class RecordingStop(Body):
+    """Nothing to say: `{}`."""
+
+
+class TuningOrder(Body):
+    recording: str = Field(max_length=200, description="id of the recording to replay")
+    base: dict[str, Any] = Field({}, description="settings to start from, slots_per_rank too; defaults without it")
+    cost_model: str = Field("h100", description="whose predicted seconds rank the settings: h100, h200 or b200")
+    ranks: int | None = Field(None, ge=1, le=4096, description="the recording's without it")
+    ranks_per_node: int | None = Field(None, ge=1, le=4096, description="one node without it")
+
+
+class Balance(BaseModel):
+    """Loads of the ranks, or over many batches their mean imbalance alone."""
+
+    imbalance_ratio: float | None
+    rank_loads: list[int] | None = None
+
+
+class Simulation(BaseModel):
+    """What a plan or a replay brings. `detail`: all that `llep plan simulate` or `llep simulate` prints."""
+
+    source: Literal["tokens", "recording"]
+    planner: str
+    before: Balance
+    after: Balance
+    lends: int
+    lend_bytes: int
+    peak_memory_bytes: int = Field(description="most bytes that one rank needs beyond its own experts")
+    predicted_gain_s: float | None = Field(description="seconds saved per plan or step; null without a cost model")
+    detail: dict[str, Any]
+
+
+class Operation(BaseModel):
+    """A long job. state: waiting, running, done, failed, cancelled."""
+
+    id: str
+    kind: Literal["tuning"]
+    state: Literal["waiting", "running", "done", "failed", "cancelled"]
+    progress_ratio: float
+    author: str
+    arguments: dict[str, Any]
+    created_s: float
+    started_s: float | None = None
+    ended_s: float | None = None
+    result: dict[str, Any] | None = None
+    error: ErrorDetail | None = None
+
+
+class ModeChange(Body):
     mode: Mode = Field(description="off, observe (count only), shadow (plan, move nothing) or active")
     ttl_s: float | None = Field(
         None, gt=0, le=MAX_TTL_S, description="seconds after which the mode goes back by itself"

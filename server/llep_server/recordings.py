@@ -1,0 +1,138 @@
+"""Recordings on their way from the scheduler: to clients in parts, and into a folder for the simulator."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import tarfile
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from starlette.responses import StreamingResponse
+
+from llep.errors import RecordingConflict, StoreUnavailable
+from llep.views import RecordingView
+from llep_server.errors import Busy, InvalidRange, InvalidRecording
+from llep_server.scheduler import Scheduler
+
+CHUNK_BYTES = 1 << 20
+MAX_DOWNLOADS = 8
+MEDIA_TYPE = "application/x-tar"
+_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
+_PART = re.compile(r"[A-Za-z0-9._-]+\.parquet", re.ASCII)
+
+
+class Downloads:
+    """Lets so many clients fetch recordings at once."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._open = 0
+
+    async def open(self, id: str, range_header: str | None, if_range: str | None) -> StreamingResponse:
+        """The answer to GET .../data. Raises UnknownRecording, RecordingConflict, InvalidRange, Busy."""
+        view = await self._scheduler.recording(id)
+        size = data_bytes(view)
+        etag = f'"{view.id}-{size}"'
+        part = None if range_header is None or if_range not in (None, etag) else parse_range(range_header, size)
+        if self._open >= MAX_DOWNLOADS:
+            raise Busy(f"{self._open} recordings are being downloaded, no more at once: try again later")
+        first, stop = (part.first, part.stop) if part else (0, size)
+        headers = {
+            **{"ETag": etag, "Accept-Ranges": "bytes", "Content-Length": str(stop - first)},
+            "Content-Disposition": f'attachment; filename="{_file_name(view.id)}"',
+            **({"Content-Range": f"bytes {first}-{stop - 1}/{size}"} if part else {}),
+        }
+        return StreamingResponse(
+            self._send(id, first, stop), status_code=206 if part else 200, headers=headers, media_type=MEDIA_TYPE
+        )
+
+    async def _send(self, id: str, first: int, stop: int) -> AsyncIterator[bytes]:
+        self._open += 1
+        try:
+            async with aclosing(read(self._scheduler, id, first, stop)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        finally:
+            self._open -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes first..stop-1."""
+
+    first: int
+    stop: int
+
+
+def parse_range(header: str, size: int) -> Part | None:
+    """The one range that the header names; None, which is all of it, for what is not one range of bytes.
+
+    Raises InvalidRange if it starts beyond the end.
+    """
+    found = _RANGE.fullmatch(header.strip().replace(" ", ""))
+    if not found or found[1] == found[2] == "":
+        return None
+    if not found[1]:
+        first, stop = max(size - int(found[2]), 0), size
+    else:
+        first, stop = int(found[1]), min(int(found[2]) + 1, size) if found[2] else size
+    if first >= size or stop <= first:
+        raise InvalidRange(f"Range={header!r} is not within the recording's {size} bytes", param="Range")
+    return Part(first, stop)
+
+
+def data_bytes(view: RecordingView) -> int:
+    """Bytes of the recording's tar. Raises RecordingConflict while there is none."""
+    if not view.data_bytes:
+        why = view.problem or "wait for it to end, or stop it"
+        raise RecordingConflict(f"recording {view.id} is {view.state}, it has no data to fetch: {why}", param="id")
+    return view.data_bytes
+
+
+async def read(scheduler: Scheduler, id: str, first: int, stop: int) -> AsyncGenerator[bytes, None]:
+    """The recording's bytes first..stop-1."""
+    while first < stop:
+        chunk = await scheduler.recording_read(id, first, min(CHUNK_BYTES, stop - first))
+        if not chunk:
+            raise RecordingConflict(f"recording {id} ended at byte {first} of {stop}: it was deleted", param="id")
+        yield chunk
+        first += len(chunk)
+
+
+async def fetch(scheduler: Scheduler, id: str, folder: Path) -> None:
+    """Put the recording's Parquet files into the folder. Raises what read does, InvalidRecording, StoreUnavailable."""
+    size = data_bytes(await scheduler.recording(id))
+    archive = folder / "recording.tar"
+    try:
+        with archive.open("wb") as file:
+            async with aclosing(read(scheduler, id, 0, size)) as chunks:
+                async for chunk in chunks:
+                    await asyncio.to_thread(file.write, chunk)
+        await asyncio.to_thread(unpack, archive, folder)
+        archive.unlink()
+    except OSError as error:
+        raise StoreUnavailable(
+            f"the control plane can't keep a copy of recording {id}, {size} bytes, in {folder.parent}: {error.strerror}"
+        ) from None
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """The archive's Parquet files into the folder, whatever paths they have in it. Raises InvalidRecording."""
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            for member in tar:
+                name = PurePosixPath(member.name).name
+                content = tar.extractfile(member) if member.isfile() and _PART.fullmatch(name) else None
+                if content is not None:
+                    with (folder / name).open("wb") as file:
+                        while chunk := content.read(CHUNK_BYTES):
+                            file.write(chunk)
+    except tarfile.TarError as error:
+        raise InvalidRecording(f"the recording's archive can't be read: {error}") from None
+
+
+def _file_name(id: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "_", id) + ".tar"

@@ -1,0 +1,122 @@
+"""POST /v1/plans/simulate: which job it is, done by a process beside this one."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from llep.config import Settings
+from llep.cost import PRESETS
+from llep.errors import SettingsError
+from llep.planning.question import KEYS
+from llep_server.errors import InvalidJson, InvalidRequest
+from llep_server.recordings import fetch
+from llep_server.scheduler import Scheduler
+from llep_server.schemas import Simulation
+from llep_server.work import Worker
+
+TIMEOUT_S = 60.0
+MOST_WAITING = 8
+MOST_PARSED_BYTES = 1 << 16
+DEFAULT_MAX_STEPS = 200
+
+
+class Simulator:
+    """Answers what-if questions, one at a time."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._worker = Worker(MOST_WAITING)
+
+    async def run(self, body: bytes) -> Simulation:
+        """Raises what is wrong with what is asked, TookTooLong, Busy, and what fetching a recording raises."""
+        # Counts by the megabyte are for the other process to parse.
+        asked = parse_object(body) if len(body) <= MOST_PARSED_BYTES else {}
+        if asked.get("recording") is None:
+            return Simulation(**await self._worker.do("question", body, TIMEOUT_S))
+        arguments = _replay_arguments(asked)
+        with tempfile.TemporaryDirectory(prefix="llep-simulate-") as folder:
+            await fetch(self._scheduler, str(asked["recording"]), Path(folder))
+            job = json.dumps({**arguments, "folder": folder}).encode()
+            return Simulation(**await self._worker.do("replay", job, TIMEOUT_S))
+
+    async def close(self) -> None:
+        await self._worker.close()
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The body's JSON object. Raises InvalidJson, InvalidRequest."""
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InvalidJson(f"the body is not JSON: {error}", param="body") from None
+    if not isinstance(values, dict):
+        raise InvalidRequest("the body must be a JSON object", param="body")
+    return values
+
+
+def check_cost_model(name: Any) -> None:
+    """Over HTTP a cost model is a preset: a path would be the server's. Raises SettingsError."""
+    if name is not None and (not isinstance(name, str) or name.lower() not in PRESETS):
+        raise SettingsError(
+            f"cost_model={name!r} is not a preset: choose one of {', '.join(PRESETS)}", param="cost_model"
+        )
+
+
+def check_settings(settings: Any, name: str = "settings") -> dict[str, Any]:
+    """Settings that a client wants tried: valid ones. Raises SettingsError."""
+    if not isinstance(settings, dict):
+        raise SettingsError(f"{name} must be a JSON object of settings", param=name)
+    if settings.get("cost_model"):
+        raise SettingsError(f"cost_model is named beside {name}, as a preset", param="cost_model")
+    Settings.parse(settings)
+    return settings
+
+
+def simulation_schema() -> dict[str, Any]:
+    """JSON Schema of what simulate takes."""
+    of_batch: dict[str, dict[str, Any]] = {
+        "tokens": {"type": "array", "items": {"type": "array", "items": {"type": "integer", "minimum": 0}}},
+        "home_rank": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+        "slots_per_rank": {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "integer"}}]},
+        "bytes_per_expert": {"type": "integer", "minimum": 0},
+        "free_bytes": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+        "ranks_per_node": {"type": "integer", "minimum": 1},
+        "min_chunk_tokens": {"type": "integer", "minimum": 1},
+        "capacity_factor": {"type": "number", "minimum": 1},
+        "imbalance_threshold": {"type": "number", "minimum": 1},
+        "cost_model": {"type": "string", "enum": sorted(PRESETS)},
+    }
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            **{key: {"description": KEYS[key], **rule} for key, rule in of_batch.items()},
+            "planner": {"type": "string", "enum": ["quota", "least_loaded", "home"], "default": "quota"},
+            "recording": {"type": "string", "description": "id of a recording to replay, in place of tokens"},
+            "settings": {"type": "object", "description": "with recording: settings to replay it under"},
+            "max_steps": {
+                **{"type": "integer", "minimum": 1, "maximum": 5000, "default": DEFAULT_MAX_STEPS},
+                "description": "with recording: steps to replay, spread over it",
+            },
+            "ranks": {"type": "integer", "minimum": 1, "description": "with recording: ranks, if not its own"},
+        },
+        "examples": [{"tokens": [[4000, 96], [4000, 96]], "min_chunk_tokens": 64}],
+    }
+
+
+def _replay_arguments(body: dict[str, Any]) -> dict[str, Any]:
+    known = ("recording", "settings", "cost_model", "max_steps", "ranks", "ranks_per_node")
+    for key in body:
+        if key not in known:
+            raise SettingsError(f"{key} does not go with recording: give {', '.join(known)}", param=key)
+    arguments = {
+        key: value for key, value in body.items() if key not in ("recording", "settings") and value is not None
+    }
+    return {
+        "max_steps": DEFAULT_MAX_STEPS,
+        **arguments,
+        "settings": check_settings(body.get("settings") or {}),
+    }
