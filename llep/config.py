@@ -21,7 +21,7 @@ ENVIRONMENT_PREFIX = "LLEP_"
 NOT_SETTINGS = frozenset(
     {
         *("CONFIG", "ENGINE", "STATE_DIR", "SERVER", "KEY_FILE", "RAY_ADDRESS", "RAY_NAMESPACE", "REFUSAL_FILE"),
-        "RECORD_DIR",
+        "RECORD_FROM_START",
     }
 )
 
@@ -166,6 +166,8 @@ class Settings(BaseModel):
     probe_ratio: float = _hot(
         0.01, "share of steps that would lend computed by plain EP instead, to measure the gain; 0: none", ge=0, le=0.5
     )
+    record_dir: str = _cold("", "folder in which rank 0 keeps recordings until they are fetched; empty: state folder")
+    record_max_bytes: int = _hot(512 << 20, "most bytes of one recording", ge=1 << 20, le=1 << 40)
     cost_model: str = _cold(
         "", "h100, h200, b200 or a file of `llep calibrate`: plans that it says don't pay are not taken; empty: all are"
     )

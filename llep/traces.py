@@ -30,7 +30,7 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,11 +103,13 @@ class TraceWriter:
         part_rows: int = 16_000_000,
         part_s: float = 30.0,
         max_bytes: int | None = None,
+        beside: Collection[str] = (),
     ) -> None:
+        """beside: names of files that may be in the folder already."""
         if num_ranks < 1:
             raise TraceError(f"num_ranks must be at least 1, got {num_ranks}")
         folder.mkdir(parents=True, exist_ok=True)
-        if next(folder.iterdir(), None) is not None:
+        if any(path.name not in beside for path in folder.iterdir()):
             raise TraceError(f"{folder} is not empty: give a recording a folder of its own")
         self.folder, self.shape, self.num_ranks = folder, shape, num_ranks
         self.bytes_written = 0

@@ -293,6 +293,7 @@ class EventKind(StrEnum):
     MODE = "mode"
     PLACEMENT = "placement"
     BRAKE = "brake"
+    RECORDING = "recording"
     ENGINE_UP = "engine_up"
     ENGINE_STALE = "engine_stale"
     ENGINE_RESTARTED = "engine_restarted"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from llep.scheduler.changes import Changes
 from llep.scheduler.questions import Questions
+from llep.scheduler.recordings import Recordings
 from llep.scheduler.reports import Reports
 from llep.scheduler.steering import Steering
 
 
-class Scheduler(Reports, Changes, Questions, Steering):
+class Scheduler(Reports, Changes, Questions, Steering, Recordings):
     """All methods take and return bytes or plain JSON values; times are unix times in seconds."""

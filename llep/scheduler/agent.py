@@ -26,6 +26,8 @@ import zmq.asyncio
 from llep.errors import LlepError, SchedulerUnreachable
 from llep.messages import ReportHeader, decode_directive, decode_header
 from llep.scheduler.client import SchedulerClient
+from llep.scheduler.uploads import Uploads
+from llep.spool import spool_dir
 
 logger = logging.getLogger("llep.agent")
 
@@ -135,6 +137,12 @@ class Agent:
                 continue
             await self._hand_out(directive)
 
+    def spool(self) -> Path | None:
+        """Where the engine's rank 0 keeps recordings, once a worker has said so."""
+        record_dirs = (worker.header.live_settings.get("record_dir", "") for worker in self._workers.values())
+        found = next(record_dirs, None)
+        return None if found is None else spool_dir(str(found))
+
     async def _take(self, identity: bytes, header: ReportHeader, report: bytes) -> None:
         if header.incarnation != self._incarnation:
             logger.info("engine %s reports (incarnation %s)", self._engine, header.incarnation)
@@ -217,7 +225,9 @@ async def run(engine: str, socket_path: str, parent_pid: int, silence_limit_s: f
     try:
         async with SchedulerClient() as client:
             agent = Agent(engine, router, client)
-            tasks = [asyncio.create_task(work) for work in (agent.receive(), agent.forward(), agent.listen())]
+            uploads = Uploads(engine, client, agent.spool)
+            works = (agent.receive(), agent.forward(), agent.listen(), uploads.run())
+            tasks = [asyncio.create_task(work) for work in works]
             try:
                 while not (why := _why_end(stop, parent_pid, agent.silent_s, silence_limit_s)):
                     done, _ = await asyncio.wait(

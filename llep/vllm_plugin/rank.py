@@ -42,9 +42,10 @@ from llep.planning import warm_up
 from llep.planning.home import plan_home
 from llep.planning.policy import Step, decide, may_plan
 from llep.shapes import ModelShape
+from llep.spool import spool_dir
 from llep.vllm_plugin.courier import AgentProcess, Courier
 from llep.vllm_plugin.experts import VllmExperts
-from llep.vllm_plugin.recording import Recording, start_recording
+from llep.vllm_plugin.recording import Recorder
 
 logger = logging.getLogger("vllm.llep")
 
@@ -90,7 +91,7 @@ class Rank:
         self._pools: dict[tuple[Any, ...], LendingPool] = {}
         self._workspaces: dict[int, Workspace] = {}
         self._window: LoadWindow | None = None
-        self._recording: Recording | None = None
+        self._recorder: Recorder | None = None
         self._expected_layers = 0
         self._step_number = 0
         self._steps = {"prefill": 0, "decode": 0}
@@ -229,8 +230,9 @@ class Rank:
         socket_path = str(Path(tempfile.gettempdir()) / f"llep-{os.getuid()}" / f"{self._incarnation}.sock")
         is_first = self._transport.rank == 0
         if is_first:
-            name = f"{self._info.engine}-{self._incarnation}"
-            self._recording = start_recording(name, self._shape(), self._transport.size)
+            spool, shape = spool_dir(self._start_settings.record_dir), self._shape()
+            self._recorder = Recorder(spool, self._info.engine, self._incarnation, shape, self._transport.size)
+            self._recorder.record_from_start(self._start_settings.record_max_bytes)
         agent = AgentProcess(socket_path, self._info.engine) if is_first and has_scheduler() else None
         if has_scheduler():
             Courier(socket_path, self.report, self.agreed, agent).start()
@@ -431,8 +433,8 @@ class Rank:
             seconds=seconds,
         )
         self._window.record(layer_step, slots_used)
-        if self._recording is not None:
-            self._recording.add(self._step_number, step.step.phase, layer.index, result.counts_RE)
+        if self._recorder is not None:
+            self._recorder.add(self._step_number, step.step.phase, layer.index, result.counts_RE)
 
     # -- what this rank tells ------------------------------------------------------------------------------------
 

@@ -1,101 +1,231 @@
-"""Counts of every step as a recording that llep.traces reads: written by rank 0 where LLEP_RECORD_DIR names a folder.
+"""Counts of every step as recordings that llep.traces reads, written by rank 0: those ordered, or all from the start.
 
 Counts are those that plans are made from. Tensor-parallel ranks all hold the same tokens: there the tokens are dealt
-out evenly, as `llep simulate` does. Trouble with the disk ends the recording, never a forward pass.
+out evenly, as `llep simulate` does. Trouble with the disk ends a recording, never a forward pass.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from llep.errors import LlepError, UnsupportedConfiguration
+from llep.messages import RecordingOrder
 from llep.shapes import ModelShape, StepCounts, split_sources
+from llep.spool import END, ORDER, End, Order, orders, read_end, write_note
+
+if TYPE_CHECKING:
+    from llep.traces import TraceWriter
 
 logger = logging.getLogger("vllm.llep")
 
-VARIABLE = "LLEP_RECORD_DIR"
-MOST_BYTES = 512 << 20
+FROM_START = "LLEP_RECORD_FROM_START"
 PART_S = 5.0  # a part is whole after so long: the most that is lost when a worker is killed
+PART_ROWS = 4_000_000
+MISSING = "recordings need the package {name} beside vLLM: pip install 'llep[planning]'"
 
 
-def start_recording(
-    name: str, shape: ModelShape, num_ranks: int, environ: Mapping[str, str] | None = None
-) -> Recording | None:
-    """A recording in the new folder LLEP_RECORD_DIR/name; None where the variable is not set.
+class Recorder:
+    """What rank 0 records: at most one recording that was ordered, and one from the start where that is asked for."""
 
-    Raises UnsupportedConfiguration if there can't be one.
-    """
-    base = (os.environ if environ is None else environ).get(VARIABLE)
-    if not base:
-        return None
-    folder = Path(base).expanduser().absolute() / name
-    try:
-        recording = Recording(folder, shape, num_ranks)
-    except ModuleNotFoundError as error:
-        raise UnsupportedConfiguration(
-            f"{VARIABLE} is set, and recordings need the package {error.name}: pip install 'llep[planning]'"
-        ) from None
-    except (OSError, LlepError) as error:
-        raise UnsupportedConfiguration(
-            f"{VARIABLE}={base} can't be recorded to ({error}): name another folder, or unset it"
-        ) from None
-    logger.info("llep: recording the counts of every step in %s", folder)
-    return recording
+    def __init__(self, base: Path, engine: str, incarnation: str, shape: ModelShape, num_ranks: int) -> None:
+        """base: the spool. What a former life of this engine left unended there is ended."""
+        self._base, self._engine, self._incarnation = base, engine, incarnation
+        self._shape, self._num_ranks = shape, num_ranks
+        self._ordered: Recording | None = None
+        self._from_start: Recording | None = None
+        self._id = ""
+        for folder, order in orders(base, engine):
+            if order.incarnation != incarnation and read_end(folder) is None:
+                with contextlib.suppress(OSError):
+                    write_note(folder / END, End(0, "the engine ended before the recording did"))
 
+    def record_from_start(self, most_bytes: int, environ: Mapping[str, str] | None = None) -> None:
+        """Record everything in a folder of its own below the base, if LLEP_RECORD_FROM_START says so.
 
-class Recording:
-    """Puts layers together to steps and writes them, in the thread that runs the forward pass; a millisecond a step."""
+        Raises UnsupportedConfiguration if that can't be done.
+        """
+        if (os.environ if environ is None else environ).get(FROM_START, "") in ("", "0"):
+            return
+        folder = self._base / f"{self._engine}-{self._incarnation}"
+        try:
+            self._from_start = Recording(folder, self._shape, self._num_ranks, max_bytes=most_bytes)
+        except ModuleNotFoundError as error:
+            raise UnsupportedConfiguration(
+                f"{FROM_START} is set, and {MISSING.format(name=error.name)}", param=FROM_START
+            ) from None
+        except (OSError, LlepError) as error:
+            raise UnsupportedConfiguration(
+                f"{folder} can't be recorded to ({error}): set record_dir to another folder, or unset {FROM_START}",
+                param="record_dir",
+            ) from None
+        logger.info("llep: recording the counts of every step in %s", folder)
 
-    def __init__(self, folder: Path, shape: ModelShape, num_ranks: int, max_bytes: int = MOST_BYTES) -> None:
-        from llep.traces import TraceWriter
-
-        self.folder = folder
-        self._shape = shape
-        self._num_ranks = num_ranks
-        self._writer: TraceWriter | None = TraceWriter(folder, shape, num_ranks, max_bytes=max_bytes)
-        self._counts_LRE = np.zeros((shape.num_layers, num_ranks, shape.num_experts), dtype=np.int64)
-        self._lock = threading.Lock()
-        self._has_news = False
-        threading.Thread(target=self._close_parts, name="llep-recording", daemon=True).start()
-        atexit.register(self.finish)
+    def follow(self, order: RecordingOrder | None, most_bytes: int) -> None:
+        """Record what is ordered from this step on; None: nothing. Called whenever a revision goes live."""
+        if order is not None and order.id == self._id:
+            return
+        if self._ordered is not None:
+            self._ordered.stop("another was ordered" if order else "it was stopped")
+            self._ordered = None
+        self._id = order.id if order else ""
+        if order is not None and order.until_s > time.time():
+            self._ordered = self._started(order, most_bytes)
 
     def add(self, step: int, phase: str, layer: int, counts_QE: npt.NDArray[np.int64]) -> None:
         """One layer of one step, in order; counts_QE: pairs of each source, one source where tokens are replicated."""
-        self._counts_LRE[layer] = split_sources(counts_QE, self._num_ranks)
-        if layer < self._shape.num_layers - 1:
+        for recording in (self._ordered, self._from_start):
+            if recording is not None and recording.is_open:
+                recording.add(step, phase, layer, counts_QE)
+
+    def _started(self, order: RecordingOrder, most_bytes: int) -> Recording | None:
+        folder = self._base / order.id
+        try:
+            if folder.exists():
+                return None  # begun, and ended by now, in a former life of this engine
+            folder.mkdir(mode=0o700, parents=True)
+            write_note(folder / ORDER, Order(order.id, self._engine, self._incarnation))
+        except OSError as error:
+            logger.warning("llep: recording %s can't be written, serving goes on: %s", order.id, error)
+            return None
+        limit = min(order.max_bytes or most_bytes, most_bytes)
+        try:
+            recording = Recording(
+                folder,
+                self._shape,
+                self._num_ranks,
+                max_bytes=limit,
+                max_steps=order.max_steps or None,
+                until_s=order.until_s,
+                says_end=True,
+            )
+        except ModuleNotFoundError as error:
+            _fail(folder, MISSING.format(name=error.name))
+            return None
+        except (OSError, LlepError) as error:
+            _fail(folder, str(error))
+            return None
+        logger.info("llep: recording %s begins in %s", order.id, folder)
+        return recording
+
+
+def _fail(folder: Path, why: str) -> None:
+    logger.warning("llep: the recording in %s does not begin, serving goes on: %s", folder, why)
+    with contextlib.suppress(OSError):
+        write_note(folder / END, End(0, why))
+
+
+class Recording:
+    """Puts layers together to steps and writes them, in the thread that runs the forward pass; a millisecond a step.
+
+    Ends by itself after max_bytes on disk, max_steps steps, or at until_s (unix time). With says_end it leaves a note
+    of how it ended.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shape: ModelShape,
+        num_ranks: int,
+        *,
+        max_bytes: int,
+        max_steps: int | None = None,
+        until_s: float | None = None,
+        says_end: bool = False,
+    ) -> None:
+        from llep.traces import TraceWriter
+
+        self.folder = folder
+        self.steps = 0
+        self._shape, self._num_ranks = shape, num_ranks
+        self._max_steps, self._until_s, self._says_end = max_steps, until_s, says_end
+        self._writer: TraceWriter | None = TraceWriter(
+            folder, shape, num_ranks, max_bytes=max_bytes, part_rows=PART_ROWS, beside=(ORDER,)
+        )
+        self._counts_LRE = np.zeros((shape.num_layers, num_ranks, shape.num_experts), dtype=np.int64)
+        self._next_layer = 0  # a recording may begin in the middle of a step, and skips what is left of it
+        self._lock = threading.Lock()
+        self._has_news = False
+        self._is_stopped = threading.Event()
+        self._end: End | None = None
+        threading.Thread(target=self._keep, name="llep-recording", daemon=True).start()
+        atexit.register(self.finish)
+
+    @property
+    def is_open(self) -> bool:
+        return self._writer is not None
+
+    def add(self, step: int, phase: str, layer: int, counts_QE: npt.NDArray[np.int64]) -> None:
+        """One layer of one step, in order."""
+        if layer not in (0, self._next_layer):
             return
+        self._counts_LRE[layer] = split_sources(counts_QE, self._num_ranks)
+        self._next_layer = layer + 1
+        if self._next_layer < self._shape.num_layers:
+            return
+        self._next_layer = 0
         with self._lock:
             if self._writer is None:
                 return
             try:
                 is_written = self._writer.append(StepCounts(step, phase, self._counts_LRE.copy()))
             except (OSError, LlepError) as error:
-                self._stop(f"step {step} can't be written ({error})")
+                self._close(f"step {step} can't be written ({error})", is_problem=True)
                 return
-            if is_written:
-                self._has_news = True
-            else:
-                self._finish_part()
-                self._stop("it is as large as it may be")
+            if not is_written:
+                self._close("it is as large as it may be")
+                return
+            self._has_news = True
+            self.steps += 1
+            if self.steps == self._max_steps:
+                self._close(f"{self.steps} steps were wanted")
 
     def finish(self) -> None:
         """Make whole what has been written so far."""
         with self._lock:
             self._finish_part()
 
-    def _close_parts(self) -> None:
-        pause = threading.Event()
-        while self._writer is not None:
-            pause.wait(PART_S)
-            self.finish()
+    def stop(self, why: str) -> None:
+        """End it, as it was meant to."""
+        with self._lock:
+            self._close(why)
+
+    def _keep(self) -> None:
+        """Closes parts, ends the recording in time, and leaves the note however long the disk refuses it."""
+        while not self._is_over():
+            left_s = PART_S if self._until_s is None else min(PART_S, max(self._until_s - time.time(), 0.0))
+            self._is_stopped.wait(left_s if self.is_open else PART_S)
+            with self._lock:
+                self._finish_part()
+                if self._until_s is not None and time.time() >= self._until_s:
+                    self._close("its time is over")
+            self._write_end()
+
+    def _is_over(self) -> bool:
+        return self._writer is None and (not self._says_end or self._end is None)
+
+    def _write_end(self) -> None:
+        if self._end is None or not self._says_end:
+            return
+        try:
+            write_note(self.folder / END, self._end)
+        except FileNotFoundError:
+            pass  # somebody took the folder away
+        except OSError as error:
+            logger.warning("llep: the end of the recording in %s can't be written yet: %s", self.folder, error)
+            self._is_stopped.clear()  # try again after a pause
+            return
+        self._end = None
 
     def _finish_part(self) -> None:
         if self._writer is None or not self._has_news:
@@ -104,8 +234,18 @@ class Recording:
         try:
             self._writer.finish_part()
         except OSError as error:
-            self._stop(f"a part can't be finished ({error})")
+            self._close(f"a part can't be finished ({error})", is_problem=True)
 
-    def _stop(self, why: str) -> None:
-        logger.warning("llep: the recording in %s ends, serving goes on: %s", self.folder, why)
+    def _close(self, why: str, *, is_problem: bool = False) -> None:
+        """No more will be written. The caller holds the lock."""
+        if self._writer is None:
+            return
+        if not is_problem:
+            self._finish_part()
+        if self._writer is None:
+            return  # that failed, and has been said
+        self._end = End(self.steps, why if is_problem else "")  # first: without a writer and an end, all is over
         self._writer = None
+        self._is_stopped.set()
+        log = logger.warning if is_problem else logger.info
+        log("llep: the recording in %s ends after %d steps, serving goes on: %s", self.folder, self.steps, why)

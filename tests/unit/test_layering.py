@@ -17,6 +17,7 @@ ALLOWED = {
     "llep/config.py": "pydantic yaml",
     "llep/views.py": "pydantic",
     "llep/messages.py": "numpy msgspec",
+    "llep/spool.py": "msgspec",
     "llep/cost.py": "numpy yaml",
     "llep/traces.py": "numpy pyarrow",
     "llep/planning/native.py": "numpy numba",
