@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
+from itertools import chain, repeat
+from math import prod
+from operator import attrgetter
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -32,8 +36,6 @@ from llep.messages import (
 )
 from llep.plan import Decision
 
-Counters = dict[str, npt.NDArray[Any]]
-
 LARGEST_COUNT = 1 << 62
 LONGEST_NAME = 200
 LONGEST_TEXT = 10_000
@@ -41,6 +43,15 @@ MOST_REPORT_BYTES = 64 << 20
 MOST_ERROR_KINDS = 64
 _LARGEST = {"ep_size": 1 << 14, "tp_size": 1 << 14, "dp_size": 1 << 14, "num_experts": 1 << 16, "top_k": 1 << 16}
 _LARGEST_NUM_LAYERS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Every cumulative count of a report: single numbers in a fixed order, which is what makes many reports cheap."""
+
+    numbers: tuple[float, ...]  # in the order of number_names
+    errors: Mapping[str, int]
+    arrays: dict[str, npt.NDArray[Any]]  # of rank 0
 
 
 class Refusal(StrEnum):
@@ -107,7 +118,7 @@ def parse_settings(values: Mapping[str, Any]) -> Settings:
 
 
 def counters(report: Report) -> Counters:
-    """Every cumulative number of a report by name, each of the shape the engine's info asks for. Raises Refused."""
+    """Every cumulative number of a report, each of the shape the engine's info asks for. Raises Refused."""
     info = report.info
     if not 0 <= report.rank < info.ep_size:
         raise Refused(Refusal.RANK, f"rank {report.rank} of {info.ep_size}")
@@ -119,40 +130,68 @@ def counters(report: Report) -> Counters:
         raise Refused(
             Refusal.SHAPE, f"a text of more than {LONGEST_TEXT} characters or a name of more than {LONGEST_NAME}"
         )
-    _check_gauges(report)
-    found: Counters = {
-        "step": _number(report.step),
-        "held_revision": _number(report.held_revision),
-        "live_revision": _number(report.live_revision),
-        **_of_keys("steps", report.steps, STEP_PHASES),
-        **_of_keys("layer_seconds", report.layer_seconds, STEP_PHASES),
-        **_worth(report.worth),
-        **_errors(report.errors),
-    }
-    for phase, histogram in report.phase_seconds.items():
-        if phase not in LAYER_PHASES:
-            raise Refused(Refusal.SHAPE, f"phase_seconds has the key {phase!r}, not one of {', '.join(LAYER_PHASES)}")
-        found |= _histogram(f"phase_seconds.{phase}", histogram, len(SECONDS_BUCKETS) + 1)
+    if len(report.errors) > MOST_ERROR_KINDS:
+        raise Refused(Refusal.SHAPE, f"errors has {len(report.errors)} keys, above {MOST_ERROR_KINDS}")
+    _check_keys("steps", report.steps, STEP_PHASES)
+    _check_keys("layer_seconds", report.layer_seconds, STEP_PHASES)
+    _check_keys("worth", report.worth, STEP_PHASES)
+    _check_keys("phase_seconds", report.phase_seconds, LAYER_PHASES)
+    _check_within(_GAUGES, _gauges(report))
+    numbers: list[float] = [report.step, report.held_revision, report.live_revision]
+    numbers += [report.steps.get(phase, 0) for phase in STEP_PHASES]
+    numbers += [report.layer_seconds.get(phase, 0.0) for phase in STEP_PHASES]
+    for phase in STEP_PHASES:
+        numbers += _worth_fields(report.worth.get(phase, _NO_WORTH))
+    for phase in LAYER_PHASES:
+        numbers += _buckets(f"phase_seconds.{phase}", report.phase_seconds.get(phase, _NO_SECONDS), SECONDS_BUCKETS)
+    arrays: dict[str, npt.NDArray[Any]] = {}
     if report.group is not None:
-        found |= _group_counters(report.group, info)
-    return found
+        numbers += _group_numbers(report.group)
+        arrays = _group_arrays(report.group, info)
+        _check_plans(report.group.plans, info)
+    return Counters(tuple(numbers), report.errors, arrays)
 
 
-def check_counters(new: Counters, before: Counters) -> None:
+@lru_cache
+def number_names(has_group: bool) -> tuple[str, ...]:
+    """What each of Counters.numbers is."""
+    names = ["step", "held_revision", "live_revision"]
+    names += [f"{name}.{phase}" for name in ("steps", "layer_seconds") for phase in STEP_PHASES]
+    names += [f"worth.{phase}.{name}" for phase in STEP_PHASES for name in Worth.__struct_fields__]
+    names += [f"phase_seconds.{phase}" for phase in LAYER_PHASES for _ in range(len(SECONDS_BUCKETS) + 2)]
+    if has_group:
+        names += ["bytes_per_lend", "predicted_gain_s", *(f"decisions.{decision}" for decision in Decision)]
+        names += [f"imbalance.{stage}" for stage in STAGES for _ in range(len(IMBALANCE_BUCKETS) + 2)]
+    return tuple(names)
+
+
+def check_counters(new: Counters, before: Counters | None) -> None:
     """Raises Refused unless every number is finite, within reason and not less than it was."""
-    for name, values in new.items():
-        if not np.all(np.isfinite(values)) or np.any(values < 0) or np.any(values > LARGEST_COUNT):
-            raise Refused(Refusal.COUNT, f"{name} holds {_worst(values)}, not between 0 and 2^62")
-    for name, values in before.items():
-        if name not in new or np.any(new[name] < values):
-            raise Refused(Refusal.COUNT, f"{name} is less than it was: counts are cumulative since the engine started")
+    names = number_names(bool(new.arrays))
+    _check_within(names, new.numbers)
+    _check_within(new.errors, new.errors.values())
+    for name, array in new.arrays.items():
+        # NaN fails both comparisons.
+        if array.size and not (array.min() >= 0 and array.max() <= LARGEST_COUNT):
+            raise Refused(Refusal.COUNT, f"{name} holds {_worst(array)}, not between 0 and 2^62")
+    if before is None:
+        return
+    for name, value, was in zip(names, new.numbers, before.numbers, strict=True):
+        if value < was:
+            raise _fell(name)
+    for name, count in before.errors.items():
+        if new.errors.get(name, 0) < count:
+            raise _fell(f"errors.{name}")
+    for name, array in new.arrays.items():
+        if (array < before.arrays[name]).any():
+            raise _fell(name)
 
 
 def check_sums(found: Counters, top_k: int) -> None:
     """Raises Refused unless, in every phase and layer, routed and computed pairs are equal, namely tokens x top-k."""
-    pairs_PL = found["tokens_PL"] * top_k
+    pairs_PL = found.arrays["tokens_PL"] * top_k
     for name in ("routed_PLE", "routed_PLR", "computed_PLR"):
-        sums_PL = found[name].sum(axis=2)
+        sums_PL = found.arrays[name].sum(axis=2)
         if not np.array_equal(sums_PL, pairs_PL):
             phase, layer = (int(index) for index in np.argwhere(sums_PL != pairs_PL)[0])
             raise Refused(
@@ -162,12 +201,23 @@ def check_sums(found: Counters, top_k: int) -> None:
             )
 
 
-def _group_counters(group: GroupLoads, info: EngineInfo) -> Counters:
-    P, L, R, E, S, K = (
-        *(len(STEP_PHASES), len(info.layer_numbers), info.ep_size, info.num_experts, len(STAGES), len(LINKS)),
-    )
+def _group_numbers(group: GroupLoads) -> list[float]:
+    _check_keys("decisions", group.decisions, _DECISIONS)
+    numbers: list[float] = [group.bytes_per_lend, group.predicted_gain_s]
+    numbers += [group.decisions.get(decision, 0) for decision in _DECISIONS]
+    for stage, histogram in zip(STAGES, group.imbalance_histograms, strict=True):
+        numbers += _buckets(f"imbalance.{stage}", histogram, IMBALANCE_BUCKETS)
+    return numbers
+
+
+def _group_arrays(group: GroupLoads, info: EngineInfo) -> dict[str, npt.NDArray[Any]]:
+    P, L, R, E = len(STEP_PHASES), len(info.layer_numbers), info.ep_size, info.num_experts
+    S, K = len(STAGES), len(LINKS)
+    home_rank_LE = _array("home_rank_LE", group.home_rank_LE, "<i2", (L, E))
+    if not 0 <= home_rank_LE.min() <= home_rank_LE.max() < R:
+        raise Refused(Refusal.COUNT, f"home_rank_LE holds a rank that is not between 0 and {R - 1}")
     int64, float64 = "<i8", "<f8"
-    found = {
+    return {
         "tokens_PL": _array("tokens_PL", group.tokens_PL, int64, (P, L)),
         "routed_PLE": _array("routed_PLE", group.routed_PLE, int64, (P, L, E)),
         "routed_PLR": _array("routed_PLR", group.routed_PLR, int64, (P, L, R)),
@@ -180,43 +230,27 @@ def _group_counters(group: GroupLoads, info: EngineInfo) -> Counters:
         "lends_L": _array("lends_L", group.lends_L, int64, (L,)),
         "lends_in_RK": _array("lends_in_RK", group.lends_in_RK, int64, (R, K)),
         "lends_out_RK": _array("lends_out_RK", group.lends_out_RK, int64, (R, K)),
-        "bytes_per_lend": _number(group.bytes_per_lend),
-        "predicted_gain_s": _number(group.predicted_gain_s),
-        **_of_keys("decisions", group.decisions, tuple(Decision)),
     }
-    home_rank_LE = _array("home_rank_LE", group.home_rank_LE, "<i2", (L, E))
-    if home_rank_LE.size and not 0 <= home_rank_LE.min() <= home_rank_LE.max() < R:
-        raise Refused(Refusal.COUNT, f"home_rank_LE holds a rank that is not between 0 and {R - 1}")
-    for stage, histogram in zip(STAGES, group.imbalance_histograms, strict=True):
-        found |= _histogram(f"imbalance.{stage}", histogram, len(IMBALANCE_BUCKETS) + 1)
-    _check_plans(group.plans, info)
-    return found
 
 
 def _check_plans(plans: tuple[PlanSample, ...], info: EngineInfo) -> None:
     ids = [plan.id for plan in plans]
     if len(plans) > MOST_PLANS or ids != sorted(set(ids)):
         raise Refused(Refusal.SHAPE, f"plans has {len(plans)} samples, above {MOST_PLANS} or not by growing id")
+    limits = (info.num_experts, info.ep_size, info.ep_size, LARGEST_COUNT)
     for plan in plans:
-        is_known = plan.decision in tuple(Decision) and plan.phase in STEP_PHASES
+        is_known = plan.decision in _DECISIONS and plan.phase in STEP_PHASES
         is_fitting = len(plan.routed_R) == len(plan.computed_R) == info.ep_size
         if not (is_known and is_fitting and 0 <= plan.layer < len(info.layer_numbers)):
             raise Refused(Refusal.SHAPE, f"plan {plan.id} has a decision, a phase, ranks or a layer that don't fit")
-        limits = (info.num_experts, info.ep_size, info.ep_size, LARGEST_COUNT)
         if any(not 0 <= v < limit for lend in plan.lends for v, limit in zip(lend, limits, strict=True)):
             raise Refused(Refusal.COUNT, f"plan {plan.id} lends an expert or to a rank that is not there")
-        numbers = (plan.id, plan.step, plan.time_s, plan.tokens, plan.layer_seconds, *plan.routed_R, *plan.computed_R)
-        check_counters({f"plan {plan.id}": np.array([*numbers, abs(plan.predicted_gain_s)], dtype=np.float64)}, {})
-
-
-def _worth(worth: Mapping[str, Worth]) -> Counters:
-    if unknown := worth.keys() - set(STEP_PHASES):
-        raise Refused(Refusal.SHAPE, f"worth has the key {sorted(unknown)[0]!r}, not one of {', '.join(STEP_PHASES)}")
-    return {f"worth.{phase}": _number(msgspec.structs.astuple(value)) for phase, value in worth.items()}
+        numbers = (plan.id, plan.step, plan.time_s, plan.tokens, plan.layer_seconds, abs(plan.predicted_gain_s))
+        _check_within(repeat(f"plan {plan.id}"), chain(numbers, plan.routed_R, plan.computed_R))
 
 
 def _array(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    num_bytes = np.dtype(dtype).itemsize * int(np.prod(shape))
+    num_bytes = prod(shape, start=2 if dtype == "<i2" else 8)
     if array.dtype != dtype or array.shape != shape or len(array.data) != num_bytes:
         raise Refused(
             Refusal.SHAPE,
@@ -225,52 +259,47 @@ def _array(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> npt.N
     return array.numpy()
 
 
-def _of_keys(name: str, values: Mapping[str, float], keys: tuple[str, ...]) -> Counters:
-    if unknown := values.keys() - set(keys):
-        raise Refused(Refusal.SHAPE, f"{name} has the key {sorted(unknown)[0]!r}, not one of {', '.join(keys)}")
-    return {f"{name}.{key}": _number(value) for key, value in values.items()}
+def _check_keys(name: str, values: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    for key in values:
+        if key not in keys:
+            raise Refused(Refusal.SHAPE, f"{name} has the key {key!r}, not one of {', '.join(keys)}")
 
 
-def _errors(errors: Mapping[str, int]) -> Counters:
-    if len(errors) > MOST_ERROR_KINDS:
-        raise Refused(Refusal.SHAPE, f"errors has {len(errors)} keys, above {MOST_ERROR_KINDS}")
-    return {f"errors.{key}": _number(value) for key, value in errors.items()}
+def _buckets(name: str, histogram: Histogram, bounds: tuple[float, ...]) -> Iterator[float]:
+    if len(histogram.counts) != len(bounds) + 1:
+        raise Refused(Refusal.SHAPE, f"{name} has {len(histogram.counts)} buckets, not {len(bounds) + 1}")
+    return chain(histogram.counts, (histogram.sum,))
 
 
-def _histogram(name: str, histogram: Histogram, num_buckets: int) -> Counters:
-    if len(histogram.counts) != num_buckets:
-        raise Refused(Refusal.SHAPE, f"{name} has {len(histogram.counts)} buckets, not {num_buckets}")
-    return {f"{name}.counts": _number(histogram.counts), f"{name}.sum": _number(histogram.sum)}
+def _check_within(names: Iterable[str], values: Iterable[float]) -> None:
+    """Raises Refused for what is not a number between 0 and LARGEST_COUNT; msgpack's integers go beyond int64."""
+    for name, value in zip(names, values, strict=False):
+        if not 0 <= value <= LARGEST_COUNT:
+            raise Refused(Refusal.COUNT, f"{name} holds {value}, not between 0 and 2^62")
 
 
-def _check_gauges(report: Report) -> None:
+def _fell(name: str) -> Refused:
+    return Refused(Refusal.COUNT, f"{name} is less than it was: counts are cumulative since the engine started")
+
+
+def _gauges(report: Report) -> Iterator[float]:
     """What may fall again, but not below nothing."""
-    gauges = (
-        "time_s",
-        "counting_s",
-        "live_since_step",
-        "live_since_time_s",
-        "live_placement",
-        "filled_placement",
-        "device_total_bytes",
-        "device_free_bytes",
-        "memory_budget_bytes",
-        "memory_used_bytes",
-        "memory_peak_bytes",
-        "replica_bytes",
-    )
-    values = {name: _number(getattr(report, name)) for name in gauges}
-    if report.group is not None:
-        values["last_plan_time_s"] = _number(report.group.last_plan_time_s)
-    check_counters(values, {})
-
-
-def _number(value: float | tuple[float, ...]) -> npt.NDArray[np.float64]:
-    # Floats, because msgpack's integers go beyond int64.
-    return np.array(value, dtype=np.float64)
+    group = report.group
+    return chain(_gauges_of(report), (group.last_plan_time_s if group is not None else 0.0,))
 
 
 def _worst(values: npt.NDArray[Any]) -> float:
     flat = values.ravel()
     bad = flat[~np.isfinite(flat) | (flat < 0) | (flat > LARGEST_COUNT)]
-    return bad[0] if bad.size else float("nan")
+    return float(bad[0]) if bad.size else float("nan")
+
+
+_DECISIONS = tuple(map(str, Decision))
+_NO_WORTH, _NO_SECONDS = Worth(), Histogram((0,) * (len(SECONDS_BUCKETS) + 1), 0.0)
+_worth_fields = attrgetter(*Worth.__struct_fields__)
+_GAUGES = (
+    *("time_s", "counting_s", "live_since_step", "live_since_time_s", "live_placement", "filled_placement"),
+    *("device_total_bytes", "device_free_bytes", "memory_budget_bytes", "memory_used_bytes", "memory_peak_bytes"),
+    *("replica_bytes", "last_plan_time_s"),
+)
+_gauges_of = attrgetter(*_GAUGES[:-1])

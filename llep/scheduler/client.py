@@ -40,6 +40,8 @@ CHANGES = frozenset(
         *("recording_start", "recording_stop", "recording_delete"),
     }
 )
+SLOW_TIMEOUT_S = 15.0
+SLOW = frozenset({"placement_suggest"})  # plans all layers
 # Not tried again unasked when the actor dies under them: a change may have been stored, and who waits for a directive
 # wants to know that the scheduler has lost its memory.
 TRIED_ONCE = CHANGES | {"wait_directive"}
@@ -133,7 +135,9 @@ class SchedulerClient:
         wait_s + 5 for changes.
         """
         if timeout_s is None:
-            timeout_s = kwargs.get("wait_s", 3.0) + CHANGE_TIMEOUT_S if method in CHANGES else CALL_TIMEOUT_S
+            timeout_s = SLOW_TIMEOUT_S if method in SLOW else CALL_TIMEOUT_S
+            if method in CHANGES:
+                timeout_s = kwargs.get("wait_s", 3.0) + CHANGE_TIMEOUT_S
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._call(method, args, kwargs, timeout_s)

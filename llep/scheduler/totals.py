@@ -70,19 +70,20 @@ class Columns:
         """The row of rank 0's report, with what every rank last said of its own time and memory."""
         group = report.group
         assert group is not None
-        lends_K = found["lends_in_RK"].sum(axis=0)
+        arrays = found.arrays
+        lends_K = arrays["lends_in_RK"].sum(axis=0)
         seconds_X = per_rank_RX[:, :PER_RANK].mean(axis=0)
         return np.concatenate(
             [
-                found["tokens_PL"].max(axis=1),
-                found["layer_steps_PL"].sum(axis=1),
-                found["imbalance_sum_PLS"].sum(axis=1).reshape(-1),
-                found["routed_PLR"].sum(axis=1).reshape(-1),
-                found["computed_PLR"].sum(axis=1).reshape(-1),
+                arrays["tokens_PL"].max(axis=1),
+                arrays["layer_steps_PL"].sum(axis=1),
+                arrays["imbalance_sum_PLS"].sum(axis=1).reshape(-1),
+                arrays["routed_PLR"].sum(axis=1).reshape(-1),
+                arrays["computed_PLR"].sum(axis=1).reshape(-1),
                 lends_K,
                 [
                     float(lends_K.sum()) * group.bytes_per_lend,
-                    float(found["spilled_in_R"].sum()),
+                    float(arrays["spilled_in_R"].sum()),
                     group.predicted_gain_s,
                 ],
                 [group.decisions.get(name, 0) for name in DECISIONS],
@@ -154,8 +155,9 @@ class Totals:
 
     def put(self, time_s: float, row: Floats, found: Counters) -> bool:
         """Take the newest counts. Whether a new step of the experts' has begun."""
+        arrays = found.arrays
         experts = np.concatenate(
-            [found["routed_PLE"].reshape(-1), found["computed_PLR"].reshape(-1), found["lends_L"]],
+            [arrays["routed_PLE"].reshape(-1), arrays["computed_PLR"].reshape(-1), arrays["lends_L"]],
             dtype=np.uint32,
             casting="unsafe",
         )

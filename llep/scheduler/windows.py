@@ -227,7 +227,7 @@ def _check(engine: Engine, report: Report) -> Counters:
     if before is not None and before.group is not None and report.group is not None:
         if before.group.home_rank_LE != report.group.home_rank_LE:
             raise Refused(Refusal.ENGINE, "home ranks are others than before: they are fixed while an engine runs")
-    check_counters(found, engine.counted.get(report.rank, {}))
+    check_counters(found, engine.counted.get(report.rank))
     if report.group is not None:
         check_sums(found, engine.info.top_k)
     if before is None or before.live_settings != report.live_settings:

@@ -41,8 +41,9 @@ def free_port() -> int:
 class RayHead:
     """`ray start --head` in a session of its own, ended by its process group."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, object_store_bytes: int = 80_000_000) -> None:
         self.folder = folder
+        self._object_store_bytes = object_store_bytes
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -55,7 +56,7 @@ class RayHead:
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={self.port}"),
             *("--node-ip-address=127.0.0.1", "--num-cpus=1", "--include-dashboard=false", "--disable-usage-stats"),
-            *(f"--temp-dir={self.folder}", "--object-store-memory=80000000"),
+            *(f"--temp-dir={self.folder}", f"--object-store-memory={self._object_store_bytes}"),
         ]
         with (self.folder / "out.log").open("ab") as log:
             self._process = subprocess.Popen(
