@@ -42,12 +42,15 @@ def rules(
         str, typer.Option(help="Where docs/runbook.md can be read: the beginning of alerts' links.")
     ] = RUNBOOK,
     operator: Annotated[bool, typer.Option("--operator", help="As a PrometheusRule, for the operator.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--through-ray", help="For metrics that Prometheus gets from Ray's nodes, as ray_llep_...")
+    ] = False,
 ) -> None:
     """Recording rules and alerts, as a rules file of Prometheus or an object for its operator."""
     if operator:
-        _write(folder, {"rules.yaml": rules_text(prometheus_rule(runbook))})
+        _write(folder, {"rules.yaml": rules_text(prometheus_rule(runbook, is_through_ray=ray))})
     else:
-        _write(folder, {"llep.yaml": rules_text(make_rules(runbook))})
+        _write(folder, {"llep.yaml": rules_text(make_rules(runbook, is_through_ray=ray))})
 
 
 @export_app.command()

@@ -25,12 +25,12 @@ from llep.scheduler.client import SCHEDULER_RESOURCE, check_address
 PORT = 6379
 # Beyond the first port, which only a head listens on. NetworkPolicies let through the whole range.
 PORT_FLAGS = ("node-manager-port", "object-manager-port", "runtime-env-agent-port", "dashboard-agent-grpc-port")
-CLIENT_PORT, FIRST_WORKER_PORT, LAST_WORKER_PORT = 10, 20, 99
+METRICS_PORT, CLIENT_PORT, FIRST_WORKER_PORT, LAST_WORKER_PORT = 9, 10, 20, 99
 OBJECT_STORE_BYTES = 80 * 1024**2  # Ray's least; nothing is kept there
 LOOK_EVERY_S = 0.5
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_enable_metrics_collection": "0",
+    "RAY_enable_metrics_collection": "0",  # unless LLEP_SERVER_RAY_METRICS is set
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     "RAY_worker_niceness": "0",
 }
@@ -89,7 +89,13 @@ def ray_command(role: Role, ip: str, port: int, environment: Mapping[str, str], 
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={ip}", *where, *ports),
         *(f"--min-worker-port={port + FIRST_WORKER_PORT}", f"--max-worker-port={port + LAST_WORKER_PORT}"),
-        *("--dashboard-agent-listen-port=0", "--num-cpus=0", "--num-gpus=0", "--disable-usage-stats"),
+        *(
+            f"--metrics-export-port={port + METRICS_PORT}",
+            "--dashboard-agent-listen-port=0",
+            "--num-cpus=0",
+            "--num-gpus=0",
+            "--disable-usage-stats",
+        ),
         *(f"--object-store-memory={OBJECT_STORE_BYTES}", "--include-log-monitor=false"),
     ]
 
@@ -104,6 +110,8 @@ def _temporary_folder() -> Path:
 
 def _environment(role: Role, ip: str, port: int, environ: Mapping[str, str]) -> dict[str, str]:
     environment = {"RAY_AUTH_MODE": "token", **environ, **RAY_ENVIRONMENT}
+    if environ.get("LLEP_SERVER_RAY_METRICS"):
+        environment["RAY_enable_metrics_collection"] = "1"
     if role is Role.HEAD:
         environment["LLEP_RAY_ADDRESS"] = f"{ip}:{port}"
     elif check_address(environment.get("LLEP_RAY_ADDRESS", "")) == "auto":

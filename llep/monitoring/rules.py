@@ -5,9 +5,11 @@ Recording rules are named level:metric:operation. Every alert has a section in d
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from llep.monitoring.through_ray import through_ray
 from llep.monitoring.vllm import vllm
 
 BY = "namespace, model_name, engine"  # an engine; without Kubernetes there is no namespace, which does no harm
@@ -251,21 +253,25 @@ ALERTS = (
 )
 
 
-def rules(runbook: str = RUNBOOK) -> dict[str, Any]:
-    """The content of a Prometheus rules file. runbook: where docs/runbook.md can be read, as a link's beginning."""
-    return {
-        "groups": [
-            {"name": "llep.recordings", "rules": [recording.as_rule() for recording in RECORDINGS]},
-            {"name": "llep.alerts", "rules": [alert.as_rule(runbook) for alert in ALERTS]},
-        ]
+def rules(runbook: str = RUNBOOK, *, is_through_ray: bool = False) -> dict[str, Any]:
+    """The content of a Prometheus rules file. runbook: where docs/runbook.md can be read, as a link's beginning.
+
+    is_through_ray: for metrics that come through Ray's agents.
+    """
+    groups = {
+        "llep.recordings": [recording.as_rule() for recording in RECORDINGS],
+        "llep.alerts": [alert.as_rule(runbook) for alert in ALERTS],
     }
+    for rule in itertools.chain(*groups.values()) if is_through_ray else ():
+        rule["expr"] = through_ray(rule["expr"])
+    return {"groups": [{"name": name, "rules": of_group} for name, of_group in groups.items()]}
 
 
-def prometheus_rule(runbook: str = RUNBOOK) -> dict[str, Any]:
+def prometheus_rule(runbook: str = RUNBOOK, *, is_through_ray: bool = False) -> dict[str, Any]:
     """The same as an object for the Prometheus operator."""
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
         "metadata": {"name": "llep"},
-        "spec": rules(runbook),
+        "spec": rules(runbook, is_through_ray=is_through_ray),
     }

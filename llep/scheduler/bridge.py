@@ -20,7 +20,8 @@ from typing import Any
 import msgspec
 
 from llep.errors import LlepError, SchedulerUnreachable
-from llep.scheduler.client import TRIED_ONCE, connect_scheduler, read_frame, write_frame
+from llep.scheduler.client import SET_RAY_METRICS, TRIED_ONCE, connect_scheduler, read_frame, write_frame
+from llep.scheduler.ray_metrics import RayMetrics
 
 logger = logging.getLogger("llep.scheduler.bridge")
 
@@ -44,6 +45,7 @@ class Bridge:
         self._state_dir = state_dir
         self._writer = writer
         self._handle: Any = None
+        self._metrics = RayMetrics()
         self._calls: set[asyncio.Task[None]] = set()
 
     async def serve(self, reader: asyncio.StreamReader) -> None:
@@ -138,6 +140,8 @@ class Bridge:
         """Raises the LlepError that the actor raises; while the actor is away, tries again what may be tried again."""
         from ray.exceptions import RayActorError, RayTaskError
 
+        if method == SET_RAY_METRICS:  # for Ray's agents, not for the actor
+            return await asyncio.to_thread(self._metrics.set, *args, **kwargs)
         while True:
             try:
                 return await getattr(self._handle, method).remote(*args, **kwargs)

@@ -42,6 +42,7 @@ CHANGES = frozenset(
 )
 SLOW_TIMEOUT_S = 15.0
 SLOW = frozenset({"placement_suggest"})  # plans all layers
+SET_RAY_METRICS = "set_ray_metrics"  # a call that the bridge answers itself
 # Not tried again unasked when the actor dies under them: a change may have been stored, and who waits for a directive
 # wants to know that the scheduler has lost its memory.
 TRIED_ONCE = CHANGES | {"wait_directive"}

@@ -20,6 +20,7 @@ from llep_server.recordings import Downloads
 from llep_server.scheduler import Caller, Scheduler
 from llep_server.simulation import Simulator
 from llep_server.stream import Broadcast
+from llep_server.through_ray import sending
 
 
 def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
@@ -33,10 +34,11 @@ def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
     assert carrier is not None
     scheduler = Scheduler(carrier)
     broadcast, simulator, operations = Broadcast(scheduler), Simulator(scheduler), Operations(scheduler)
+    exposition = Exposition(scheduler)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with client or nullcontext():
+        async with client or nullcontext(), sending(exposition, carrier) if config.ray_metrics else nullcontext():
             yield
             for part in (broadcast, simulator, operations):
                 await part.close()
@@ -52,7 +54,7 @@ def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
     )
     app.state.keys = keys
     app.state.scheduler = scheduler
-    app.state.exposition = Exposition(scheduler)
+    app.state.exposition = exposition
     app.state.broadcast = broadcast
     app.state.simulator = simulator
     app.state.operations = operations

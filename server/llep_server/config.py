@@ -16,7 +16,9 @@ from llep.scheduler.client import DEFAULT_ADDRESS, DEFAULT_NAMESPACE, DEFAULT_ST
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8088
 SERVER_PREFIX = "LLEP_SERVER_"
-SERVER_VARIABLES = tuple(SERVER_PREFIX + name for name in ("HOST", "PORT", "KEYS_FILE", "STATE_DIR", "INSECURE"))
+SERVER_VARIABLES = tuple(
+    SERVER_PREFIX + name for name in ("HOST", "PORT", "KEYS_FILE", "STATE_DIR", "INSECURE", "RAY_METRICS")
+)
 TRUE_WORDS = ("1", "true", "yes", "on")
 FALSE_WORDS = ("", "0", "false", "no", "off")
 
@@ -32,6 +34,7 @@ class ServerConfig:
     ray_address: str = DEFAULT_ADDRESS
     ray_namespace: str = DEFAULT_NAMESPACE
     insecure: bool = False  # listen beyond loopback without keys
+    ray_metrics: bool = False  # show metrics through Ray's own agents too, as ray_llep_...
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -66,6 +69,7 @@ class ServerConfig:
             ray_address=environ.get("LLEP_RAY_ADDRESS") or DEFAULT_ADDRESS,
             ray_namespace=environ.get("LLEP_RAY_NAMESPACE") or DEFAULT_NAMESPACE,
             insecure=_parse_switch("LLEP_SERVER_INSECURE", environ.get("LLEP_SERVER_INSECURE", "")),
+            ray_metrics=_parse_switch("LLEP_SERVER_RAY_METRICS", environ.get("LLEP_SERVER_RAY_METRICS", "")),
         )
 
 

@@ -47,15 +47,24 @@ class Exposition:
         _, content_type = choose_encoder(accept)
         is_openmetrics = content_type.startswith("application/openmetrics-text")
         async with self._lock:
-            if time.monotonic() - self._made_at >= KEEP_S:
-                self._metrics = await self._collect()
-                self._pages.clear()
-                self._made_at = time.monotonic()
+            await self._refresh()
             if content_type not in self._pages:
                 self._pages[content_type] = await asyncio.to_thread(
                     encode, self._metrics, is_openmetrics=is_openmetrics
                 )
             return self._pages[content_type], content_type
+
+    async def metrics(self) -> list[Metric]:
+        """What is on the page."""
+        async with self._lock:
+            await self._refresh()
+            return self._metrics
+
+    async def _refresh(self) -> None:
+        if time.monotonic() - self._made_at >= KEEP_S:
+            self._metrics = await self._collect()
+            self._pages.clear()
+            self._made_at = time.monotonic()
 
     async def _collect(self) -> list[Metric]:
         try:

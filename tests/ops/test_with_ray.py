@@ -84,6 +84,19 @@ async def hand_in(address: str, folder: Path) -> dict[str, Any]:
         return status
 
 
+async def keep_reporting(address: str, folder: Path, seconds: float) -> None:
+    """An engine that serves and reports, as its agent would tell it."""
+    async with SchedulerClient(address, "llep", folder / "elsewhere") as client:
+        assert await client.wait_connected(60)
+        engine = Engine(ep_size=4, num_experts=32, start={"metrics_level": "layer_rank"})
+        until_s = time.monotonic() + seconds
+        while time.monotonic() < until_s:
+            engine.run()
+            engine.run(tokens=8, phase="decode")
+            await client.call("report", [encode(report) for report in engine.reports()], 0, timeout_s=20.0)
+            await asyncio.sleep(0.5)
+
+
 def test_head_and_node_are_one_ray_and_end_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_range()
     address = f"127.0.0.1:{port}"
