@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from llep.monitoring.grafana import Kind, Panel, Query, Row, Unit
-from llep.monitoring.queries import AFTER, BEFORE, OVERHEAD, RANK, SELECT, mean_imbalance, newest, rate
+from llep.monitoring.queries import (
+    AFTER,
+    BEFORE,
+    MEASURED_GAIN,
+    OVERHEAD,
+    PLAIN_S,
+    RANK,
+    SELECT,
+    mean,
+    mean_imbalance,
+    newest,
+    rate,
+)
 
 BAD_LOW = ((None, "red"), (0.6, "orange"), (0.8, "green"))
 
@@ -13,11 +25,11 @@ VERDICT = Row(
         Panel(
             kind=Kind.STAT,
             title="Balancedness after",
-            description="1 / mean imbalance ratio after balancing; 100% is perfectly even. Below 80%: see decisions.",
-            queries=[Query(f"1 / {mean_imbalance(AFTER)}")],
+            description="Mean / max of rank loads after balancing; 100% is perfectly even. Below 80%: see decisions.",
+            queries=[Query(mean("llep_balancedness_ratio", AFTER))],
             unit=Unit.RATIO,
             steps=BAD_LOW,
-            width=4,
+            width=3,
             height=5,
         ),
         Panel(
@@ -27,7 +39,18 @@ VERDICT = Row(
             "is even already; near 0% while the imbalance before is high: see decisions.",
             queries=[Query(f"1 - {mean_imbalance(AFTER)} / {mean_imbalance(BEFORE)}")],
             unit=Unit.RATIO,
-            width=4,
+            width=3,
+            height=5,
+        ),
+        Panel(
+            kind=Kind.STAT,
+            title="Time saved",
+            description="How much shorter lending made the layers that lent, measured in the last hour by probes "
+            "(probe_ratio). Below 0% it costs time: raise min_chunk_tokens or imbalance_threshold. Empty: no probe.",
+            queries=[Query(f"sum ({MEASURED_GAIN}) / (sum ({PLAIN_S}) > 0)")],
+            unit=Unit.RATIO,
+            steps=((None, "red"), (0, "orange"), (0.02, "green")),
+            width=3,
             height=5,
         ),
         Panel(
@@ -38,7 +61,7 @@ VERDICT = Row(
             queries=[Query(f"{rate('llep_phase_seconds_sum', OVERHEAD)} / ({rate('llep_phase_seconds_sum')} > 0)")],
             unit=Unit.RATIO,
             steps=((None, "green"), (0.15, "orange"), (0.25, "red")),
-            width=4,
+            width=3,
             height=5,
         ),
         Panel(
@@ -47,7 +70,7 @@ VERDICT = Row(
             description="active balances; shadow plans and moves nothing; observe counts; off does nothing.",
             queries=[Query(f"max by (engine, mode) (llep_mode{{{SELECT}}}) == 1", "{{engine}}: {{mode}}", True)],
             shows_name=True,
-            width=4,
+            width=3,
             height=5,
         ),
         Panel(
@@ -56,7 +79,16 @@ VERDICT = Row(
             description="The revision that every step runs under. Different numbers on engines of one model: see the "
             "row control plane.",
             queries=[Query(newest("llep_settings_revision"), "{{engine}}", True)],
-            width=4,
+            width=3,
+            height=5,
+        ),
+        Panel(
+            kind=Kind.STAT,
+            title="Placement",
+            description="The revision in which the resident replicas that are switched on were ordered; 0: none. It "
+            "changes when experts stay hot for minutes and the setting replicas is apply.",
+            queries=[Query(newest("llep_placement_revision"), "{{engine}}", True)],
+            width=3,
             height=5,
         ),
         Panel(
@@ -65,7 +97,7 @@ VERDICT = Row(
             description="Engines by state. stale: a rank has sent no report for several intervals; what is shown of it "
             "is old.",
             queries=[Query(f"sum by (state) (llep_engine_state{{{SELECT}}})", "{{state}}", True)],
-            width=4,
+            width=3,
             height=5,
         ),
     ],
@@ -82,8 +114,16 @@ IMBALANCE = Row(
                 Query(mean_imbalance(SELECT, "engine, stage"), "{{engine}} {{stage}}"),
                 Query(newest("llep_settings_imbalance_threshold"), "{{engine}} threshold", is_dashed=True),
             ],
-            width=12,
             low=1,
+        ),
+        Panel(
+            kind=Kind.TIMESERIES,
+            title="Balancedness by phase",
+            description="Mean / max of rank loads, mean over layers and steps. Good: prefill after lies near 100%. "
+            "Decode is left alone by step plans; only resident replicas lift it.",
+            queries=[Query(mean("llep_balancedness_ratio", SELECT, "phase, stage"), "{{phase}} {{stage}}")],
+            unit=Unit.RATIO,
+            high=1,
         ),
         Panel(
             kind=Kind.TIMESERIES,
@@ -93,7 +133,6 @@ IMBALANCE = Row(
             queries=[Query(f"{rate('llep_plan_decisions_total', by='decision')} > 0", "{{decision}}")],
             unit=Unit.PER_S,
             is_stacked=True,
-            width=12,
         ),
         *(
             Panel(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llep.monitoring.grafana import Kind, Panel, Query, Row, Unit
-from llep.monitoring.queries import RATE, RECEIVED, SELECT, VLLM, newest, quantile, rate
+from llep.monitoring.queries import MEASURED_GAIN, RANK, RATE, RECEIVED, SELECT, VLLM, newest, quantile, rate
 from llep.monitoring.vllm import vllm
 
 COST = Row(
@@ -44,12 +44,12 @@ COST = Row(
         Panel(
             kind=Kind.TIMESERIES,
             title="Weights lent",
-            description="Bytes of expert weights received per second, by rank. Compare it with what the link can "
-            "carry.",
+            description="Bytes of expert weights received per second, by rank and link. Compare it with what the link "
+            "can carry; much over the network: set lend_scope=node.",
             queries=[
                 Query(
-                    rate("llep_lend_bytes_total", RECEIVED, "engine, ep_rank"),
-                    "{{engine}} rank {{ep_rank}}",
+                    rate("llep_lend_bytes_total", RECEIVED, "engine, ep_rank, link"),
+                    "{{engine}} rank {{ep_rank}} {{link}}",
                 )
             ],
             unit=Unit.BYTES_PER_S,
@@ -79,6 +79,37 @@ COST = Row(
                 Query(newest("llep_memory_budget_bytes"), "{{engine}} budget", is_dashed=True),
             ],
             unit=Unit.BYTES,
+            low=0,
+        ),
+        Panel(
+            kind=Kind.TIMESERIES,
+            title="Gain, predicted and measured",
+            description="Seconds saved per second inside MoE layers. Predicted needs a cost model; measured comes from "
+            "probes of the last hour. Measured below 0: lending costs time. Far below predicted: calibrate anew.",
+            queries=[
+                Query(rate("llep_predicted_gain_seconds_total", by="engine"), "{{engine}} predicted", is_dashed=True),
+                Query(f"sum by (engine) ({MEASURED_GAIN})", "{{engine}} measured"),
+            ],
+            unit=Unit.SECONDS,
+        ),
+        Panel(
+            kind=Kind.TIMESERIES,
+            title="Device memory free",
+            description="Share of each rank's device that is free. llep takes its buffers at start and nothing later; "
+            "below 2% whatever grows next ends the engine: lower gpu_memory_utilization or slots_per_rank.",
+            queries=[Query(newest("llep_device_free_ratio", "engine, ep_rank", RANK), "{{engine}} rank {{ep_rank}}")],
+            unit=Unit.RATIO,
+            low=0,
+        ),
+        Panel(
+            kind=Kind.TIMESERIES,
+            title="Resident replicas",
+            description="Copies whose weights are in place, of the placement under way, and that placement's revision. "
+            "Copies that stop rising: weights are moved between steps only, at most replica_bytes_per_s.",
+            queries=[
+                Query(newest("llep_placement_filled_copies"), "{{engine}} copies filled"),
+                Query(newest("llep_placement_revision"), "{{engine}} placement", is_dashed=True),
+            ],
             low=0,
         ),
     ],

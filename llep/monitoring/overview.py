@@ -28,6 +28,12 @@ OVERVIEW = Dashboard(
             "{{engine}} is in mode {{mode}}",
         ),
         Annotation(
+            "placements",
+            f"changes(llep_placement_revision{{{SELECT}}}[1m]) > 0",
+            "green",
+            "new placement on {{engine}}",
+        ),
+        Annotation(
             "starts",
             f"changes(llep_engine_start_timestamp_seconds{{{SELECT}}}[1m]) > 0",
             "orange",

@@ -15,9 +15,23 @@ def rate(metric: str, select: str = SELECT, by: str = "") -> str:
     return f"sum{f' by ({by}) ' if by else ' '}(rate({metric}{{{select}}}[{RATE}]))"
 
 
+def mean(summary: str, select: str = SELECT, by: str = "") -> str:
+    return f"({rate(f'{summary}_sum', select, by)} / ({rate(f'{summary}_count', select, by)} > 0))"
+
+
 def mean_imbalance(select: str, by: str = "") -> str:
-    above, below = rate("llep_imbalance_ratio_sum", select, by), rate("llep_imbalance_ratio_count", select, by)
-    return f"({above} / ({below} > 0))"
+    return mean("llep_imbalance_ratio", select, by)
+
+
+def _worth(unit: str, side: str) -> str:
+    # Probes are few: an hour of them, whatever the panel's time range.
+    return f'sum by (engine, phase) (rate(llep_worth_{unit}_total{{side="{side}", {SELECT}}}[1h]))'
+
+
+# Seconds per second, by engine and phase: what the layers that lent took, and would have taken under plain EP.
+LENT_S = _worth("seconds", "lent")
+PLAIN_S = f"({_worth('pairs', 'lent')} * {_worth('seconds', 'probed')} / ({_worth('pairs', 'probed')} > 0))"
+MEASURED_GAIN = f"({PLAIN_S} - {LENT_S})"
 
 
 def newest(metric: str, by: str = "engine", select: str = SELECT) -> str:

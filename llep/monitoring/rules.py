@@ -51,8 +51,12 @@ class Alert:
         }
 
 
-def _rate(metric: str, by: str = BY) -> str:
-    return f"sum by ({by}) (rate({metric}[5m]))"
+def _rate(metric: str, by: str = BY, window: str = "5m") -> str:
+    return f"sum by ({by}) (rate({metric}[{window}]))"
+
+
+def _worth(unit: str, side: str) -> str:
+    return _rate(f'llep_worth_{unit}_total{{side="{side}"}}', f"{BY}, phase", "1h")
 
 
 RECORDINGS = (
@@ -80,6 +84,17 @@ RECORDINGS = (
     Recording(
         "engine:llep_spilled_tokens:ratio5m",
         _rate('llep_spilled_tokens_total{direction="in"}') + f" / ({_rate('llep_rank_routed_tokens_total')} > 0)",
+    ),
+    # Seconds saved per second, and as a share of what plain EP would have taken; probes are few.
+    Recording(
+        "engine:llep_measured_gain:rate1h",
+        f"sum by ({BY}) ({_worth('pairs', 'lent')} * {_worth('seconds', 'probed')} / ({_worth('pairs', 'probed')} > 0) "
+        f"- {_worth('seconds', 'lent')})",
+    ),
+    Recording(
+        "engine:llep_measured_gain:ratio1h",
+        "engine:llep_measured_gain:rate1h / ((engine:llep_measured_gain:rate1h + "
+        f"sum by ({BY}) ({_worth('seconds', 'lent')} and on ({BY}, phase) ({_worth('pairs', 'probed')} > 0))) > 0)",
     ),
     Recording("engine:llep_lend_bytes:rate5m", _rate('llep_lend_bytes_total{direction="in"}')),
 )
@@ -163,12 +178,24 @@ ALERTS = (
         expr=(
             "(engine:llep_excess_removed:ratio5m < 0.1) "
             f'and on ({BY}) (sum by ({BY}) (engine:llep_plan_decisions:ratio5m{{decision=~"lend|replica"}}) > 0.05) '
-            f"and on ({BY}) ({_IS_ACTIVE})"
+            f"and on ({BY}) ({_IS_ACTIVE}) unless on ({BY}) (engine:llep_measured_gain:ratio1h > 0.02)"
         ),
         minutes=15,
         severity="warning",
         summary=f"{_WHO} lends, and ranks are no more even for it",
-        description=f"Lends take away {_SHARE} of what the imbalance ratio is above 1.",
+        description=f"Lends take away {_SHARE} of what the imbalance ratio is above 1, and no gain is measured.",
+    ),
+    Alert(
+        name="LlepCostsTime",
+        expr=(
+            "(engine:llep_measured_gain:ratio1h < 0) "
+            f'and on ({BY}) (sum by ({BY}) (increase(llep_worth_steps_total{{side="probed"}}[1h])) > 20) '
+            f"and on ({BY}) ({_IS_ACTIVE})"
+        ),
+        minutes=15,
+        severity="warning",
+        summary=f"lending makes {_WHO} slower",
+        description=f"Measured over an hour, layers that lent saved {_SHARE} of plain expert parallelism's time.",
     ),
     Alert(
         name="LlepImbalanceHigh",
@@ -211,6 +238,14 @@ ALERTS = (
         severity="info",
         summary=f"{_WHO} uses nearly all its slots",
         description=f"A rank has {_SHARE} of its lending pool in use on average; larger lends won't fit.",
+    ),
+    Alert(
+        name="LlepDeviceMemoryLow",
+        expr=f"(min by ({BY}) (llep_device_free_ratio) < 0.02) and on ({BY}) ({_IS_LIVE})",
+        minutes=5,
+        severity="warning",
+        summary=f"a device of {_WHO} is nearly full",
+        description=f"{_SHARE} of the memory is free; what grows next ends the engine.",
     ),
     Alert(
         name="LlepOverheadHigh",

@@ -14,7 +14,15 @@ from prometheus_client.core import (
 )
 
 from llep.config import Mode
-from llep.messages import IMBALANCE_BUCKETS, SECONDS_BUCKETS, STAGES, GroupLoads, Histogram
+from llep.messages import (
+    IMBALANCE_BUCKETS,
+    LINKS,
+    SECONDS_BUCKETS,
+    STAGES,
+    STEP_PHASES,
+    GroupLoads,
+    Histogram,
+)
 from llep.plan import Decision
 from llep.views import EngineState
 from llep_server.samples import Bucketed, Family, Level, Observed, Sample, ScrapedEngine
@@ -28,13 +36,24 @@ def _by_rank(values: Iterable[int]) -> Iterable[Sample]:
     return (((str(rank),), int(value)) for rank, value in enumerate(values))
 
 
-def _in_and_out(incoming: Iterable[int], outgoing: Iterable[int], factor: int = 1) -> Iterable[Sample]:
+def _in_and_out(incoming: Iterable[int], outgoing: Iterable[int]) -> Iterable[Sample]:
     for direction, values in (("in", incoming), ("out", outgoing)):
-        yield from (((str(rank), direction), int(value) * factor) for rank, value in enumerate(values))
+        yield from (((str(rank), direction), int(value)) for rank, value in enumerate(values))
 
 
-def _lends(group: GroupLoads) -> tuple[Iterable[int], Iterable[int]]:
-    return group.lends_in_RK.numpy().sum(axis=1), group.lends_out_RK.numpy().sum(axis=1)
+def _lends(factor: Callable[[GroupLoads], int]) -> Callable[[ScrapedEngine], Iterable[Sample]]:
+    """Lends times factor, by rank, direction and those links that the engine has."""
+
+    def read(engine: ScrapedEngine) -> Iterable[Sample]:
+        if engine.group is None:
+            return
+        links = LINKS if 0 < engine.info.ranks_per_node < engine.info.ep_size else LINKS[:1]
+        for direction, lends_RK in (("in", engine.group.lends_in_RK), ("out", engine.group.lends_out_RK)):
+            for rank, by_link in enumerate(lends_RK.numpy().tolist()):
+                for link, lends in zip(links, by_link, strict=False):
+                    yield (str(rank), direction, link), lends * factor(engine.group)
+
+    return read
 
 
 def _info(engine: ScrapedEngine) -> Iterable[Sample]:
@@ -79,6 +98,34 @@ def _decisions(group: GroupLoads) -> Iterable[Sample]:
 def _imbalance(group: GroupLoads) -> Iterable[Sample]:
     pairs = zip(STAGES, group.imbalance_histograms, strict=True)
     return (((stage,), Bucketed(histogram, IMBALANCE_BUCKETS)) for stage, histogram in pairs)
+
+
+def _balancedness(group: GroupLoads) -> Iterable[Sample]:
+    steps_P = group.layer_steps_PL.numpy().sum(axis=1)
+    sums_PS = group.balancedness_sum_PLS.numpy().sum(axis=1)
+    for place, phase in enumerate(STEP_PHASES):
+        for stage, name in enumerate(STAGES):
+            yield (name, phase), Observed(int(steps_P[place]), float(sums_PS[place, stage]))
+
+
+def _worth(unit: str) -> Callable[[ScrapedEngine], Iterable[Sample]]:
+    """A counter of Worth's, by phase and side, as rank 0 measured it."""
+
+    def read(engine: ScrapedEngine) -> Iterable[Sample]:
+        for phase, worth in engine.speaker.worth.items():
+            yield from (((phase, side), getattr(worth, f"{side}_{unit}")) for side in ("lent", "probed"))
+
+    return read
+
+
+def _measured_gain(engine: ScrapedEngine) -> Iterable[Sample]:
+    gains = ((phase, worth.gain_s) for phase, worth in engine.speaker.worth.items())
+    return (((phase,), gain_s) for phase, gain_s in gains if gain_s is not None)
+
+
+def _device_free(engine: ScrapedEngine) -> Iterable[Sample]:
+    known = (report for report in engine.reports if report.device_total_bytes)
+    return (((str(report.rank),), report.device_free_bytes / report.device_total_bytes) for report in known)
 
 
 def _phase_seconds(engine: ScrapedEngine) -> Iterable[Sample]:
@@ -290,6 +337,14 @@ FAMILIES: tuple[Family, ...] = (
         _group(_imbalance),
     ),
     Family(
+        "llep_balancedness_ratio",
+        SummaryMetricFamily,
+        "Mean / max of rank loads, one observation per layer and step, before and after balancing.",
+        ("stage", "phase"),
+        Level.RANK,
+        _group(_balancedness),
+    ),
+    Family(
         "llep_spilled_tokens_total",
         CounterMetricFamily,
         "Token-expert pairs computed off their home rank: in, for others; out, elsewhere.",
@@ -300,18 +355,18 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "llep_lends_total",
         CounterMetricFamily,
-        "Expert weights copied for one layer of one step: in, received; out, sent.",
-        ("ep_rank", "direction"),
+        "Expert weights copied for one layer of one step: in, received; out, sent; within a node or over the network.",
+        ("ep_rank", "direction", "link"),
         Level.RANK,
-        _group(lambda group: _in_and_out(*_lends(group))),
+        _lends(lambda group: 1),
     ),
     Family(
         "llep_lend_bytes_total",
         CounterMetricFamily,
-        "Bytes of expert weights copied: in, received; out, sent.",
-        ("ep_rank", "direction"),
+        "Bytes of expert weights copied: in, received; out, sent; within a node or over the network.",
+        ("ep_rank", "direction", "link"),
         Level.RANK,
-        _group(lambda group: _in_and_out(*_lends(group), group.bytes_per_lend)),
+        _lends(lambda group: group.bytes_per_lend),
     ),
     Family(
         "llep_phase_seconds",
@@ -328,6 +383,46 @@ FAMILIES: tuple[Family, ...] = (
         ("ep_rank",),
         Level.RANK,
         lambda engine: (((str(r.rank),), sum(r.layer_seconds.values())) for r in engine.reports),
+    ),
+    Family(
+        "llep_predicted_gain_seconds_total",
+        CounterMetricFamily,
+        "Time in MoE layers that plans were predicted to save; 0 without a cost model.",
+        (),
+        Level.RANK,
+        _group(lambda group: [((), group.predicted_gain_s)]),
+    ),
+    Family(
+        "llep_measured_gain_seconds",
+        GaugeMetricFamily,
+        "Time in MoE layers that lending has saved since start, measured by probes; below 0 it cost time.",
+        ("phase",),
+        Level.RANK,
+        _measured_gain,
+    ),
+    Family(
+        "llep_worth_seconds_total",
+        CounterMetricFamily,
+        "Wall time of rank 0 in layers that lent, or would have and were computed by plain EP to compare: probed.",
+        ("phase", "side"),
+        Level.RANK,
+        _worth("s"),
+    ),
+    Family(
+        "llep_worth_pairs_total",
+        CounterMetricFamily,
+        "Token-expert pairs of the most loaded rank under plain EP, in the layers of llep_worth_seconds_total.",
+        ("phase", "side"),
+        Level.RANK,
+        _worth("pairs"),
+    ),
+    Family(
+        "llep_worth_steps_total",
+        CounterMetricFamily,
+        "Steps with a layer that lent, or would have and was computed by plain EP.",
+        ("phase", "side"),
+        Level.RANK,
+        _worth("steps"),
     ),
     Family(
         "llep_memory_budget_bytes",
@@ -352,6 +447,38 @@ FAMILIES: tuple[Family, ...] = (
         ("ep_rank",),
         Level.RANK,
         _each_rank("memory_peak_bytes"),
+    ),
+    Family(
+        "llep_memory_replica_bytes",
+        GaugeMetricFamily,
+        "Bytes of each rank's budget that are reserved for resident replicas.",
+        (),
+        Level.RANK,
+        lambda engine: [((), engine.speaker.replica_bytes)],
+    ),
+    Family(
+        "llep_device_free_ratio",
+        GaugeMetricFamily,
+        "Free / total memory of the rank's device, or of its part of the host's.",
+        ("ep_rank",),
+        Level.RANK,
+        _device_free,
+    ),
+    Family(
+        "llep_placement_revision",
+        GaugeMetricFamily,
+        "The revision in which the resident replicas that are switched on were ordered; 0: none.",
+        (),
+        Level.RANK,
+        lambda engine: [((), engine.speaker.live_placement)],
+    ),
+    Family(
+        "llep_placement_filled_copies",
+        GaugeMetricFamily,
+        "Resident replicas whose weights are in place, of the placement under way.",
+        (),
+        Level.RANK,
+        lambda engine: [((), engine.speaker.filled_placement)],
     ),
     Family(
         "llep_hot_expert_load_ratio",

@@ -31,6 +31,15 @@ scrape_configs:
 - Padding, dummy, profiling and warm-up steps are not counted. In mode `off` steps are counted, loads are not;
   in mode `shadow` the stage `after` is what the plan would have brought, while computed equals routed.
 - Time and memory are each rank's own; all else is held alike by the ranks of an engine and told by rank 0.
+- **What lending is worth is measured**, by a control group: a share of the steps that would lend, `probe_ratio`,
+  is computed by plain EP instead. Over any span of time lending saved, in seconds inside MoE layers, pairs lent x
+  (seconds probed / pairs probed) - seconds lent, of `llep_worth_pairs_total` and `llep_worth_seconds_total`;
+  pairs are those of the most loaded rank under plain EP, so that sizes of batches cancel out.
+  `llep_measured_gain_seconds` is that since the engine's start: a gauge, since a gain can turn into a loss and an
+  estimate is corrected, while the counters it is made of never fall. It is absent before the first probe.
+- `llep_predicted_gain_seconds_total` is what plans promised, also those of mode shadow: compare it with the
+  measured gain.
+- `link="network"` is shown for engines that span nodes only.
 - A page is made from the newest reports, at most once a second. An engine that falls silent keeps its last
   values for a day: look at `llep_engine_state` and `llep_engine_last_seen_timestamp_seconds` before believing
   gauges.

@@ -51,13 +51,29 @@ def healthy() -> Series:
         f'llep_spilled_tokens_total{{{ENGINE},ep_rank="0",direction="in"}}': growing(100),
         f'llep_rank_routed_tokens_total{{{ENGINE},ep_rank="0"}}': growing(1000),
         f'llep_lend_bytes_total{{{ENGINE},ep_rank="0",direction="in"}}': growing(6e6),
+        f'llep_device_free_ratio{{{ENGINE},ep_rank="0"}}': still(0.1),
         'vllm:num_requests_running{model_name="m",engine="0"}': still(2),
         'vllm:prompt_tokens_total{model_name="m",engine="0"}': growing(1000),
         'vllm:generation_tokens_total{model_name="m",engine="0"}': growing(1000),
     }
     series |= {f'llep_imbalance_ratio_count{{{ENGINE},stage="{s}"}}': growing(600) for s in ("before", "after")}
     series |= {f"llep_settings_{name}revision{{{ENGINE}}}": still(3) for name in ("", "held_", "desired_")}
+    series |= worth(lent_s=8, lent_pairs=900, probed_s=0.1, probed_pairs=9)
     return series | decisions(lend=300, balanced=200, small_batch=100) | state("live")
+
+
+def worth(**per_minute: float) -> Series:
+    """With one probed step a minute, all in prefill."""
+    units = {"s": "seconds", "pairs": "pairs", "steps": "steps"}
+    per_minute = {"probed_steps": 1, "lent_steps": 99, **per_minute}
+    labels = f'{ENGINE},phase="prefill"'
+    idle = f'{ENGINE},phase="decode"'
+    series = {}
+    for name, value in per_minute.items():
+        side, _, unit = name.partition("_")
+        series[f'llep_worth_{units[unit]}_total{{{labels},side="{side}"}}'] = growing(value)
+        series[f'llep_worth_{units[unit]}_total{{{idle},side="{side}"}}'] = still(0)
+    return series
 
 
 def decisions(**per_minute: float) -> Series:
@@ -102,7 +118,9 @@ FAULTS: dict[str, Series] = {
     "LlepNotHelping": {
         f'llep_imbalance_ratio_sum{{{ENGINE},stage="before"}}': growing(600 * 1.5),
         f'llep_imbalance_ratio_sum{{{ENGINE},stage="after"}}': growing(600 * 1.48),
-    },
+    }
+    | worth(lent_s=9.9, lent_pairs=900, probed_s=0.1, probed_pairs=9),
+    "LlepCostsTime": worth(lent_s=12, lent_pairs=900, probed_s=0.1, probed_pairs=9),
     "LlepImbalanceHigh": {
         f'llep_imbalance_ratio_sum{{{ENGINE},stage="before"}}': growing(600 * 4),
         f'llep_imbalance_ratio_sum{{{ENGINE},stage="after"}}': growing(600 * 1.8),
@@ -110,6 +128,7 @@ FAULTS: dict[str, Series] = {
     "LlepErrors": {f'llep_errors_total{{{ENGINE},component="plan",type="digest"}}': f"_x{MINUTES - 8} 1+0x8"},
     "LlepMemoryRefusals": decisions(lend=200, balanced=200, no_slot=200),
     "LlepMemoryNearBudget": {f'llep_memory_used_bytes{{{ENGINE},ep_rank="0"}}': still(95)},
+    "LlepDeviceMemoryLow": {f'llep_device_free_ratio{{{ENGINE},ep_rank="0"}}': still(0.01)},
     "LlepOverheadHigh": {f'llep_phase_seconds_sum{{{ENGINE},phase="lend"}}': growing(20)},
     "LlepSettingsNotApplied": {f"llep_settings_desired_revision{{{ENGINE}}}": still(4)},
     "LlepRevisionsDiffer": {
@@ -127,6 +146,11 @@ NO_FAULTS: dict[str, Series] = {
     "a mode in which nothing is balanced": healthy()
     | FAULTS["LlepImbalanceHigh"]
     | {f'llep_mode{{{ENGINE},mode="active"}}': still(0)},
+    "lending that evens out little and gains all the same": healthy()
+    | FAULTS["LlepNotHelping"]
+    | worth(lent_s=8, lent_pairs=900, probed_s=0.1, probed_pairs=9),
+    "lending that cost time in five probes": healthy()
+    | worth(lent_s=12, lent_pairs=900, probed_s=0.1, probed_pairs=9, probed_steps=0.1),
     "decode, in batches too small to balance": healthy()
     | FAULTS["LlepImbalanceHigh"]
     | decisions(lend=10, small_batch=590),
@@ -184,7 +208,10 @@ def test_silent_when_well_and_when_idle(tmp_path: Path) -> None:
 
 
 def test_recorded_numbers(tmp_path: Path) -> None:
-    """Worked by hand: imbalance 2.0 -> 1.05 takes 0.95 of the 1.0 above even away; 3 of 33 s are overhead."""
+    """Worked by hand: imbalance 2.0 -> 1.05 takes 0.95 of the 1.0 above even away; 3 of 33 s are overhead.
+
+    900 pairs a minute would take 10 s at the probes' 0.1 s for 9, and take 8.
+    """
     labels = '{engine="e", model_name="m"}'
     expected = {
         "engine:llep_layer_steps:rate5m": 10,
@@ -192,6 +219,8 @@ def test_recorded_numbers(tmp_path: Path) -> None:
         "engine:llep_overhead:ratio5m": 3 / 33,
         "engine:llep_spilled_tokens:ratio5m": 0.1,
         "engine:llep_lend_bytes:rate5m": 1e5,
+        "engine:llep_measured_gain:rate1h": 2 / 60 * 50 / 60,  # of the hour 50 minutes are known
+        "engine:llep_measured_gain:ratio1h": 0.2,
         'engine:llep_imbalance_ratio:mean5m{stage="before"}': 2.0,
         'engine:llep_plan_decisions:ratio5m{decision="lend"}': 0.5,
     }

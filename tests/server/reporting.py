@@ -30,6 +30,8 @@ from llep.plan import Decision
 from llep.planning import PlanOptions, plan_step
 
 BYTES_PER_SLOT = 3_000_000
+PAIR_S = 1e-6  # what a pair takes on the most loaded rank
+PROBED_EVERY = 4  # so many lending layer-steps are said to have been compared with plain EP
 
 
 @dataclass
@@ -49,6 +51,8 @@ class Engine:
     incarnation: str = "first"
     counting_since_s: float = field(default_factory=lambda: time.time() - 86400)
     errors: dict[str, int] = field(default_factory=dict)
+    ranks_per_node: int = 0
+    lend_s: float = 0.0  # what a lend costs
 
     def __post_init__(self) -> None:
         L, R, E = len(self.layer_numbers), self.ep_size, self.num_experts
@@ -69,6 +73,9 @@ class Engine:
         self.lends_L = np.zeros(L, np.int64)
         self.lends_in_RK, self.lends_out_RK = np.zeros((R, 2), np.int64), np.zeros((R, 2), np.int64)
         self.decisions: Counter[str] = Counter()
+        self.worth = {phase: Counter[str]() for phase in STEP_PHASES}
+        self.predicted_gain_s = 0.0
+        self.live_placement, self.filled_placement = 0, 0
         self.placement = Placement.linear(E, R, self.slots_per_rank)
 
     def run(self, tokens: int = 1024, hot_share: float = 0.9, phase: str = "prefill") -> None:
@@ -108,12 +115,26 @@ class Engine:
             self.imbalance_sum_PLS[(*at, stage)] += ratio
             self.balancedness_sum_PLS[(*at, stage)] += 1 / ratio
             self.imbalance_counts[stage, np.searchsorted(IMBALANCE_BUCKETS, ratio)] += 1
+        if plan.lends:
+            self._weigh(phase, int(routed_R.max()), int(computed_R.max()), len(plan.lends))
         for lend in plan.lends:
+            per_node = self.ranks_per_node or self.ep_size
+            link = int(lend.src_rank // per_node != lend.dst_rank // per_node)
             self.lends_L[layer] += 1
-            self.lends_in_RK[lend.dst_rank, 0] += 1
-            self.lends_out_RK[lend.src_rank, 0] += 1
+            self.lends_in_RK[lend.dst_rank, link] += 1
+            self.lends_out_RK[lend.src_rank, link] += 1
             self.spilled_in_R[lend.dst_rank] += lend.tokens
             self.spilled_out_R[lend.src_rank] += lend.tokens
+
+    def _weigh(self, phase: str, routed: int, computed: int, lends: int) -> None:
+        """What lending is worth by probes, had there been some."""
+        worth = self.worth[phase]
+        worth.update(lent_steps=1, lent_pairs=routed)
+        worth["lent_s"] += PAIR_S * computed + self.lend_s * lends  # type: ignore[assignment]
+        self.predicted_gain_s += PAIR_S * (routed - computed)
+        if worth["lent_steps"] % PROBED_EVERY == 0:
+            worth.update(probed_steps=1, probed_pairs=routed)
+            worth["probed_s"] += PAIR_S * routed  # type: ignore[assignment]
 
     def _report(self, rank: int) -> Report:
         return Report(
@@ -133,16 +154,16 @@ class Engine:
             live_since_time_s=1_700_000_000.0,
             last_apply_error=self.apply_error,
             phase_seconds={phase: self._phase(index, rank) for index, phase in enumerate(LAYER_PHASES)},
-            live_placement=0,
-            filled_placement=0,
+            live_placement=self.live_placement,
+            filled_placement=self.filled_placement,
             layer_seconds={phase: 0.5 * steps for phase, steps in self.steps.items()},
-            worth={phase: Worth() for phase in STEP_PHASES},
+            worth={phase: Worth(**self.worth[phase]) for phase in STEP_PHASES},
             device_total_bytes=16 << 30,
             device_free_bytes=8 << 30,
             memory_budget_bytes=self.slots_per_rank * BYTES_PER_SLOT,
             memory_used_bytes=rank * BYTES_PER_SLOT,
             memory_peak_bytes=self.slots_per_rank * BYTES_PER_SLOT,
-            replica_bytes=0,
+            replica_bytes=2 * BYTES_PER_SLOT,
             errors=self.errors,
             group=self._group() if rank == 0 else None,
         )
@@ -165,7 +186,7 @@ class Engine:
             slots_per_rank=self.slots_per_rank,
             bytes_per_slot=BYTES_PER_SLOT,
             replica_slots_per_rank=0,
-            ranks_per_node=0,
+            ranks_per_node=self.ranks_per_node,
             has_cost_model=False,
             max_model_len=4096,
             settings=self.start_settings,
@@ -198,7 +219,7 @@ class Engine:
             lends_in_RK=Array.of(self.lends_in_RK),
             lends_out_RK=Array.of(self.lends_out_RK),
             bytes_per_lend=BYTES_PER_SLOT,
-            predicted_gain_s=0.0,
+            predicted_gain_s=self.predicted_gain_s,
             last_plan_time_s=1_700_000_100.0 if self.decisions else 0.0,
             home_rank_LE=Array.of(np.tile(self.placement.home_rank, (len(self.layer_numbers), 1)).astype(np.int16)),
             plans=(),

@@ -141,6 +141,7 @@ def test_each_layers_sums_at_level_layer_rank() -> None:
 )
 def test_metrics_level_decides_the_families(level: str, highest: Level) -> None:
     engine = Engine(start={"metrics_level": level}, errors={"transport/timeout": 2})
+    engine.run()
     shown = set(families_of(engine).families)
     assert shown == {family.name.removesuffix("_total") for family in FAMILIES if family.level <= highest}
 
@@ -166,15 +167,75 @@ def test_too_many_series_drop_a_level_and_say_so() -> None:
     }
 
 
-def test_at_most_300_series_per_engine_at_ep_8() -> None:
-    engine = Engine(ep_size=8, num_experts=64, errors={"transport/timeout": 1, "plan/digest": 1})
-    assert 150 < len(families_of(engine).samples) <= 300
+@pytest.mark.parametrize("ranks_per_node", [0, 4])
+def test_at_most_300_series_per_engine_at_ep_8(ranks_per_node: int) -> None:
+    errors = {"transport/timeout": 1, "plan/digest": 1}
+    engine = Engine(ep_size=8, num_experts=64, errors=errors, ranks_per_node=ranks_per_node)
+    for phase in ("prefill", "decode", "prefill", "decode"):
+        engine.run(phase=phase)
+    page = families_of(engine)
+    assert page.sum("llep_measured_gain_seconds", phase="decode") > 0
+    assert 150 < len(page.samples) <= 300
+
+
+def test_lends_go_over_links_that_there_are() -> None:
+    for ranks_per_node, links in ((0, {"node"}), (8, {"node"}), (4, {"node", "network"})):
+        engine = Engine(ep_size=8, num_experts=64, ranks_per_node=ranks_per_node)
+        page = families_of(engine)
+        lent = [sample for sample in page.samples if sample.name == "llep_lends_total"]
+        assert {sample.labels["link"] for sample in lent} == links and len(lent) == 16 * len(links)
+        for link, place in (("node", 0), ("network", 1)):
+            if link in links:
+                assert page.sum("llep_lends_total", direction="in", link=link) == engine.lends_in_RK[:, place].sum() > 0
+                size = page.sum("llep_lend_bytes_total", direction="out", link=link)
+                assert size == engine.lends_out_RK[:, place].sum() * BYTES_PER_SLOT
+
+
+def test_what_lending_is_worth() -> None:
+    engine = Engine(ep_size=4, num_experts=32)
+    for _ in range(4):
+        engine.run()
+    page = families_of(engine)
+    seconds, pairs = (
+        {side: page.sum(f"llep_worth_{unit}_total", phase="prefill", side=side) for side in ("lent", "probed")}
+        for unit in ("seconds", "pairs")
+    )
+    gain_s = pairs["lent"] * seconds["probed"] / pairs["probed"] - seconds["lent"]
+    assert page.sum("llep_measured_gain_seconds") == pytest.approx(gain_s)
+    assert 0 < gain_s == pytest.approx(page.sum("llep_predicted_gain_seconds_total"))
+    assert page.sum("llep_worth_steps_total", phase="prefill", side="lent") == 5 * 3
+    assert page.sum("llep_worth_steps_total", phase="decode") == 0
+    engine.lend_s = 1.0
+    assert families_of(engine).sum("llep_measured_gain_seconds", phase="prefill") < 0, "lending can cost time"
+
+
+def test_balancedness_by_stage_and_phase() -> None:
+    engine = Engine(ep_size=4, num_experts=32)
+    for phase in ("prefill", "decode"):
+        engine.run(phase=phase)
+    page = families_of(engine)
+    for stage, at in (("before", 0), ("after", 1)):
+        for place, phase in enumerate(("prefill", "decode")):
+            labels = {"stage": stage, "phase": phase}
+            assert page.sum("llep_balancedness_ratio_count", **labels) == engine.layer_steps_PL[place].sum() > 0
+            shown = page.sum("llep_balancedness_ratio_sum", **labels)
+            assert shown == pytest.approx(engine.balancedness_sum_PLS[place, :, at].sum())
+
+
+def test_memory_and_placement() -> None:
+    engine = Engine(ep_size=2)
+    engine.live_placement, engine.filled_placement = 7, 3
+    page = families_of(engine)
+    assert (page.sum("llep_placement_revision"), page.sum("llep_placement_filled_copies")) == (7, 3)
+    assert page.sum("llep_device_free_ratio", ep_rank="1") == 0.5
+    assert page.sum("llep_memory_replica_bytes") == 2 * BYTES_PER_SLOT
 
 
 def test_families_are_as_documented(running: Running) -> None:
     engine = Engine(ep_size=3, start={"metrics_level": "layer_rank"}, errors={"transport/timeout": 2})
     running.report(engine)
     scrape(running)
+    engine.run()
     engine.run()
     running.report(engine)
     page = scrape(running)
