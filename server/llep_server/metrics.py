@@ -81,7 +81,9 @@ class Exposition:
         for engine, levels in dropped.items():
             if levels > self._dropped.get(engine, 0):
                 logger.warning(
-                    "engine %s: %d levels of detail left out of /metrics, see metrics_max_series", engine, levels
+                    "engine %s: %d levels of detail left out of /metrics, or there would be more series than "
+                    "metrics_max_series: raise it or lower metrics_level",
+                    *(engine, levels),
                 )
         self._dropped = dropped
         is_open = snapshot.store_open

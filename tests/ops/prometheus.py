@@ -89,6 +89,11 @@ class Prometheus:
         alerts = self._get("alerts")["data"]["alerts"]
         return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
 
+    def problem(self, job: str) -> str:
+        """Why the job's target can't be scraped, as Prometheus' page of targets says it; '' if it can."""
+        targets = self._get("targets")["data"]["activeTargets"]
+        return next((str(target["lastError"]) for target in targets if target["labels"]["job"] == job), "")
+
     def own_metric(self, name: str) -> int:
         """One of the counters that Prometheus keeps of itself."""
         page = httpx.get(f"{self.url}/metrics", timeout=20, trust_env=False).text
