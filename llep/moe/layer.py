@@ -6,10 +6,12 @@ N token rows, B blocks of tokens.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,18 +20,21 @@ import torch
 
 from llep.errors import LlepError
 from llep.moe.dispatch import Dispatch, Index, Rows, Shares
-from llep.moe.slots import LendingPool
+from llep.moe.slots import LendingPool, is_lendable, span
 from llep.moe.workspace import Workspace
 from llep.plan import Plan
 
 Counts = npt.NDArray[np.int64]
 Decide = Callable[[Counts], Plan]
 
+# Places in what a rank tells of its batch: whether it is bad, then these, then pairs of each expert from HEAD on.
+DIGEST, HEAD = 1, 6
+
 
 class Experts(Protocol):
     """The experts that live on this rank, and how to compute with them or with a pool of borrowed ones.
 
-    `weights` are what is lent: contiguous tensors whose first dimension is local experts.
+    `weights` are what is lent: tensors whose first dimension is local experts, each of them a stretch of memory.
     """
 
     @property
@@ -47,6 +52,12 @@ class Experts(Protocol):
 
         The first counts_G[0] rows are for row experts_G[0] of `bank` (`weights`, or a pool's tensors), and so on.
         """
+
+
+class BadWeights(LlepError, ValueError):
+    """Weights that can't be lent, or that differ from other ranks': no rank gets a layer."""
+
+    code = "bad_weights"
 
 
 class BadBatch(LlepError, ValueError):
@@ -78,6 +89,8 @@ class Group(Protocol):
     def device(self) -> torch.device: ...
     @property
     def where(self) -> str: ...
+
+    evidence: Callable[[], Mapping[str, int]]
 
     def gather(self, row: torch.Tensor, what: str) -> torch.Tensor: ...
     def broadcast(self, tensor: torch.Tensor, what: str) -> None: ...
@@ -120,10 +133,11 @@ class LayerResult:
 
 
 class LeastLoadedMoE:
-    """The experts of one layer, spread over an EP group.
+    """The experts of one layer, spread over an EP group. Making one is a collective: every rank enters it.
 
     home_rank[expert], local_ids[expert]: the rank that owns an expert and its row in that rank's weights. The pool and
-    the workspace may be shared by all layers of a rank. Raises ValueError for weights that can't be lent.
+    the workspace may be shared by all layers of a rank. Raises BadWeights, on every rank, for weights that can't be
+    lent on one, and for ranks whose weights or homes of experts don't belong together.
     """
 
     def __init__(
@@ -135,7 +149,6 @@ class LeastLoadedMoE:
         local_ids: Sequence[int],
         workspace: Workspace,
     ) -> None:
-        _check_weights(experts.weights, pool)
         self.experts = experts
         self.transport = transport
         self.pool = pool
@@ -143,6 +156,7 @@ class LeastLoadedMoE:
         self.local_ids = tuple(local_ids)
         self.num_experts = len(self.home_rank)
         self.workspace = workspace
+        self._check_together()
 
     def forward_replicated(
         self, hidden_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor, decide: Decide, *, agree: bool
@@ -154,15 +168,13 @@ class LeastLoadedMoE:
         """
         times = PhaseTimes()
         with times.measure("count"):
-            problem = self._problem(hidden_TH, gates_TK, ids_TK)
             if agree:
-                gates_TK, ids_TK, counts_E = self._agree_on_routing(gates_TK, ids_TK, problem)
+                gates_TK, ids_TK, counts_E = self._agree_on_routing(hidden_TH, gates_TK, ids_TK)
             else:
-                counts_E, problem = self._count(ids_TK, problem)
-                if problem:
-                    raise BadBatch(problem)
+                mine = self._row(hidden_TH, gates_TK, ids_TK)
+                counts_E = _counts(self._told(mine.values[None], mine))[0]
         with times.measure("plan"):
-            plan = decide(counts_E[None])
+            plan = self._plan(decide, counts_E[None])
         lends = self._lend(plan)
         with times.measure("dispatch"):
             held = _Held.of(hidden_TH, gates_TK, ids_TK)
@@ -188,7 +200,7 @@ class LeastLoadedMoE:
         with times.measure("count"):
             counts_RE = self._gather_counts(hidden_TH, gates_TK, ids_TK)
         with times.measure("plan"):
-            plan = decide(counts_RE)
+            plan = self._plan(decide, counts_RE)
         lends = self._lend(plan)
         with times.measure("dispatch"):
             output_TH = torch.zeros_like(hidden_TH)
@@ -242,20 +254,15 @@ class LeastLoadedMoE:
             gates_P = held.gates_P[positions_P]
             _add_rows(sums_NH, rows_P, self.experts.compute(bank, inputs_PH, part.experts_G, part.counts_G, gates_P))
 
+    def _plan(self, decide: Decide, counts_QE: Counts) -> Plan:
+        plan = decide(counts_QE)
+        self.transport.evidence = partial(_evidence, counts_QE, plan)
+        return plan
+
     def _gather_counts(self, hidden_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor) -> Counts:
         """Pairs of each rank for each expert [R, E]. Raises BadBatch on every rank if one rank's batch is bad."""
-        counts_E, problem = self._count(ids_TK, self._problem(hidden_TH, gates_TK, ids_TK))
-        form = (0, 0, 0) if problem else (ids_TK.shape[1], hidden_TH.shape[1], hidden_TH.element_size())
-        row = torch.from_numpy(np.r_[counts_E, form, bool(problem)].astype(np.int64)).to(self.transport.device)
-        rows_RN: Counts = self.transport.gather(row, "exchange of counts").cpu().numpy()
-        self._refuse_together(problem, rows_RN[:, -1])
-        forms_R3 = rows_RN[:, -4:-1]
-        if (forms_R3 != forms_R3[0]).any():
-            raise BadBatch(
-                "EP ranks bring batches of different forms, (experts per token, hidden size, bytes per value) "
-                f"{forms_R3.tolist()}: they must be equal"
-            )
-        return rows_RN[:, :-4]
+        mine = self._row(hidden_TH, gates_TK, ids_TK)
+        return _counts(self._told(self.transport.gather(mine.values, "exchange of counts"), mine))
 
     def _part(self, shares: Shares, ids_TK: torch.Tensor) -> tuple[Shares, int]:
         """Shares of blocks that fit the workspace, and the tokens of each source in a block. Every rank enters it."""
@@ -271,42 +278,62 @@ class LeastLoadedMoE:
         counts_QE = counts.cpu().numpy().reshape(-1, self.num_experts)
         return Shares.of(shares.plan, counts_QE, ids_TK.shape[1]), at_a_time
 
-    def _count(self, ids_TK: torch.Tensor, problem: str) -> tuple[Counts, str]:
-        """Pairs of each expert [E], and what is wrong with them or was before: the one copy from device to host."""
-        if problem:
-            return np.zeros(self.num_experts, dtype=np.int64), problem
-        # One place below and one above, for ids that are out of range.
-        places = (ids_TK.reshape(-1).to(torch.int64) + 1).clamp(0, self.num_experts + 1)
-        return self._checked(torch.bincount(places, minlength=self.num_experts + 2).cpu().numpy().astype(np.int64))
-
-    def _checked(self, places: Counts) -> tuple[Counts, str]:
-        outside = int(places[0] + places[-1])
-        problem = f"ids_TK: {outside} ids are outside 0..{self.num_experts - 1}, this layer's experts"
-        return places[1:-1], problem if outside else ""
-
     def _agree_on_routing(
-        self, gates_TK: torch.Tensor, ids_TK: torch.Tensor, problem: str
+        self, hidden_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, Counts]:
         """Rank 0's routing, if any rank's differs, else what everybody holds already; and pairs of each expert [E]."""
-        counts_E, problem = self._count(ids_TK, problem)
-        digest = torch.zeros(1, dtype=torch.int64, device=self.transport.device) if problem else _digest(ids_TK)
-        row = torch.cat((digest, digest.new_full((1,), bool(problem))))
-        rows_R2 = self.transport.gather(row, "comparison of routing").cpu().numpy()
-        self._refuse_together(problem, rows_R2[:, 1])
-        if (rows_R2[:, 0] == rows_R2[0, 0]).all():
-            return gates_TK, ids_TK, counts_E
-        gates_TK, ids_TK = gates_TK.contiguous().clone(), ids_TK.contiguous().clone()
-        self.transport.broadcast(gates_TK, "broadcast of routing")
-        self.transport.broadcast(ids_TK, "broadcast of routing")
-        return gates_TK, ids_TK, self._count(ids_TK, "")[0]
+        mine = self._row(hidden_TH, gates_TK, ids_TK, is_replicated=True)
+        rows_RN = self._told(self.transport.gather(mine.values, "comparison of routing"), mine)
+        if (rows_RN[:, DIGEST] != rows_RN[0, DIGEST]).any():
+            gates_TK, ids_TK = gates_TK.contiguous().clone(), ids_TK.contiguous().clone()
+            self.transport.broadcast(gates_TK, "broadcast of routing")
+            self.transport.broadcast(ids_TK, "broadcast of routing")
+        return gates_TK, ids_TK, _counts(rows_RN)[0]
 
-    def _refuse_together(self, problem: str, is_bad_R: Counts) -> None:
-        """Raises BadBatch on every rank if any rank says that its batch is bad."""
+    def _row(
+        self, hidden_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor, *, is_replicated: bool = False
+    ) -> _Row:
+        """What this rank tells of its batch, and what is wrong with it. Costs no copy from the device.
+
+        [HEAD + E + 2]: whether it is bad, a digest of the routing, the batch's form, pairs of each expert, with one
+        place more below and one above, for ids that are out of range.
+        """
+        device = self.transport.device
+        problem = self._problem(hidden_TH, gates_TK, ids_TK)
         if problem:
-            raise BadBatch(problem)
-        if is_bad_R.any():
-            bad = ", ".join(map(str, np.flatnonzero(is_bad_R)))
-            raise BadBatch(f"EP rank {bad} refused its batch; see its log. Nobody computes this layer")
+            values = torch.zeros(HEAD + self.num_experts + 2, dtype=torch.int64, device=device)
+            values[0] = 1
+            return _Row(values, problem)
+        flat = ids_TK.reshape(-1).to(torch.int64)
+        places = (flat + 1).clamp_(0, self.num_experts + 1)
+        counts = places.new_zeros(self.num_experts + 2).scatter_add_(0, places, torch.ones_like(places))
+        tokens = len(ids_TK) if is_replicated else 0  # elsewhere each rank has its own
+        form = (ids_TK.shape[1], hidden_TH.shape[1], hidden_TH.element_size(), tokens)
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        digest = _digest(flat) if is_replicated else zero
+        return _Row(torch.cat((zero, digest, torch.tensor(form, device=device), counts)), "")
+
+    def _told(self, rows_RN: torch.Tensor, mine: _Row) -> Counts:
+        """These ranks' rows, or this rank's alone, on the host: a layer's one copy. BadBatch if one is bad."""
+        rows = self.workspace.on_host(rows_RN)
+        outside_R = rows[:, HEAD] + rows[:, -1]
+        own = self.transport.rank if len(rows) > 1 else 0
+        if mine.problem or outside_R[own]:
+            raise BadBatch(
+                mine.problem
+                or f"ids_TK: {outside_R[own]} ids are outside 0..{self.num_experts - 1}, this layer's experts"
+            )
+        bad = np.flatnonzero((rows[:, 0] != 0) | (outside_R != 0))
+        if len(bad):
+            ranks = ", ".join(map(str, bad))
+            raise BadBatch(f"EP rank {ranks} refused its batch; see its log. Nobody computes this layer")
+        forms_R4 = rows[:, DIGEST + 1 : HEAD]
+        if (forms_R4 != forms_R4[0]).any():
+            raise BadBatch(
+                "EP ranks bring batches of different forms, (experts per token, hidden size, bytes per value, and "
+                f"tokens where all hold the same) {forms_R4.tolist()}: they must be equal"
+            )
+        return rows
 
     def _problem(self, hidden_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor) -> str:
         """What is wrong with a batch's tensors; '' if nothing is. Costs no copy from the device."""
@@ -326,8 +353,47 @@ class LeastLoadedMoE:
             return f"ids_TK is {ids_TK.dtype}: it must be an integer type"
         return ""
 
+    def _check_together(self) -> None:
+        """Raises BadWeights on every rank, naming the tensor and the rule where one is at fault."""
+        problem = _weights_problem(self.experts.weights, self.pool, self.transport.device)
+        problem = problem or self._homes_problem()
+        form = [(name, tuple(t.shape[1:]), str(t.dtype)) for name, t in self.experts.weights.items()]
+        row = [bool(problem), text_digest(repr(form)), text_digest(repr((self.home_rank, self.local_ids)))]
+        rows_R3 = self.transport.gather(
+            torch.tensor(row, dtype=torch.int64, device=self.transport.device), "comparison of weights' forms"
+        ).cpu()
+        if problem:
+            raise BadWeights(problem)
+        if bad := rows_R3[:, 0].nonzero().reshape(-1).tolist():
+            raise BadWeights(
+                f"EP rank {', '.join(map(str, bad))} refused its weights; see its log. No rank has a layer"
+            )
+        for what, column in (("weights of the same names, shapes and types", 1), ("the same homes of experts", 2)):
+            different = (rows_R3[:, column] != rows_R3[0, column]).nonzero().reshape(-1).tolist()
+            if different:
+                raise BadWeights(f"all EP ranks must have {what}: rank {different[0]} has others than rank 0")
+
+    def _homes_problem(self) -> str:
+        """What is wrong with home_rank and local_ids; '' if nothing is."""
+        if len(self.local_ids) != self.num_experts:
+            return f"local_ids has {len(self.local_ids)} experts, home_rank {self.num_experts}: they must be as many"
+        mine = [row for home, row in zip(self.home_rank, self.local_ids, strict=True) if home == self.transport.rank]
+        rows = len(next(iter(self.experts.weights.values())))
+        if not all(0 <= home < self.transport.size for home in self.home_rank):
+            return f"home_rank {self.home_rank}: each must be one of the group's {self.transport.size} ranks"
+        if any(not 0 <= row < rows for row in mine) or len(set(mine)) < len(mine):
+            return f"local_ids of this rank's experts are {mine}: each must be another one of its weights' {rows} rows"
+        return ""
+
     def _lend(self, plan: Plan) -> Waits:
         return self.transport.start_lends(plan, self.experts.weights, self.local_ids, self.pool.tensors)
+
+
+class _Row(NamedTuple):
+    """What a rank tells of its batch, and what is wrong with it."""
+
+    values: torch.Tensor
+    problem: str
 
 
 class _Held(NamedTuple):
@@ -364,9 +430,8 @@ def _starts(counts: Sequence[int]) -> Index:
     return starts
 
 
-def _digest(ids_TK: torch.Tensor) -> torch.Tensor:
+def _digest(flat: torch.Tensor) -> torch.Tensor:
     """[1] int64 that differs, but for one chance in 2^63, where the routing does; wraps around by design."""
-    flat = ids_TK.reshape(-1).to(torch.int64)
     weights = torch.arange(1, len(flat) + 1, device=flat.device) * 0x9E3779B97F4A7C1 + 0x2545F4914F6CDD1
     return ((flat + 1) * (weights ^ (weights >> 29))).sum()[None]
 
@@ -383,14 +448,45 @@ def _on(like: torch.Tensor, index: npt.NDArray[np.int64]) -> torch.Tensor:
     return torch.from_numpy(index).to(like.device)
 
 
-def _check_weights(weights: Mapping[str, torch.Tensor], pool: LendingPool) -> None:
+def _weights_problem(weights: Mapping[str, torch.Tensor], pool: LendingPool, device: torch.device) -> str:
+    """What is wrong with weights that are to be lent; '' if nothing is."""
+    if not weights:
+        return "weights is empty: it must hold at least one tensor whose first dimension is local experts"
+    if weights.keys() != pool.tensors.keys():
+        return f"weights are {sorted(weights)}, the pool's {sorted(pool.tensors)}: reserve the pool for these weights"
+    rows = {name: len(tensor) if tensor.ndim else 0 for name, tensor in weights.items()}
     for name, tensor in weights.items():
-        if not tensor.is_contiguous():
-            raise ValueError(
-                f"weights[{name!r}] must be contiguous, so that experts can be lent; got strides {tensor.stride()}"
+        room = pool.tensors[name]
+        if not is_lendable(tensor):
+            return (
+                f"weights[{name!r}] has shape {tuple(tensor.shape)} and strides {tensor.stride()}: each expert must be "
+                "a stretch of memory of its own, along the first dimension, so that it can be lent"
             )
-        if tensor.shape[1:] != pool.tensors[name].shape[1:] or tensor.dtype != pool.tensors[name].dtype:
-            raise ValueError(
+        if rows[name] != next(iter(rows.values())):
+            return f"weights {rows} have different first dimensions: each must be the local experts"
+        if tensor.device.type != device.type:
+            return f"weights[{name!r}] is on {tensor.device}: the EP group is on {device}"
+        if tensor.shape[1:] != room.shape[1:] or tensor.dtype != room.dtype or span(tensor) != span(room):
+            return (
                 f"weights[{name!r}] {tuple(tensor.shape)} {tensor.dtype} does not fit the pool's "
-                f"{tuple(pool.tensors[name].shape)} {pool.tensors[name].dtype}"
+                f"{tuple(room.shape)} {room.dtype}"
             )
+    return ""
+
+
+def _evidence(counts_QE: Counts, plan: Plan) -> dict[str, int]:
+    """Digests of what all ranks must hold alike: told when one gives up."""
+    return {
+        "counts": text_digest(repr(counts_QE.tolist())),
+        "placement": text_digest(repr(plan.placement)),
+        "plan": plan.digest(),
+    }
+
+
+def text_digest(text: str) -> int:
+    """56 bits: the same text has the same digest on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+def _counts(rows_RN: Counts) -> Counts:
+    return rows_RN[:, HEAD + 1 : -1]

@@ -15,7 +15,24 @@ _CONTAINER = Path("/sys/fs/cgroup")
 
 def bytes_per_expert(weights: Mapping[str, torch.Tensor]) -> int:
     """Bytes of one expert: a row of every tensor whose first dimension is local experts."""
-    return sum(tensor[0].numel() * tensor.element_size() for tensor in weights.values())
+    return sum(span(tensor) * tensor.element_size() for tensor in weights.values())
+
+
+def span(tensor: torch.Tensor) -> int:
+    """Values from an expert's first to its last in memory: more than it has where a layout pads."""
+    inner = zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in inner) if tensor[:1].numel() else 0
+
+
+def is_lendable(tensor: torch.Tensor) -> bool:
+    """Whether each expert is a stretch of memory of its own, in whatever order its values are: transposed, padded."""
+    return tensor.ndim > 0 and (len(tensor) < 2 or tensor.stride(0) >= span(tensor))
+
+
+def bytes_of_expert(tensor: torch.Tensor, row: int) -> torch.Tensor:
+    """The memory of one expert, as it is, as [bytes] uint8."""
+    stretch = tensor.as_strided((span(tensor),), (1,), tensor.storage_offset() + row * tensor.stride(0))
+    return stretch.view(torch.uint8)
 
 
 def available_host_bytes() -> int | None:
@@ -65,14 +82,25 @@ def _container_limit() -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class LendingPool:
-    """tensors[name] is [slots, *weights[name].shape[1:]]; a lend fills one slot in each."""
+    """tensors[name] is [slots, *weights[name].shape[1:]]; a lend fills one slot in each.
+
+    A pool that was reserved in halves is used half by half: layers take turns.
+    """
 
     slots: int
     tensors: dict[str, torch.Tensor]
+    halves: int = 1
+
+    def half(self, layer: int) -> LendingPool:
+        """The part that a layer uses, by the layer's place among its rank's: neighbours don't share one."""
+        first = layer % self.halves * self.slots
+        return LendingPool(
+            self.slots, {name: tensor[first : first + self.slots] for name, tensor in self.tensors.items()}
+        )
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
 
     @classmethod
     def reserve(
@@ -82,8 +110,9 @@ class LendingPool:
         budget_bytes: int = 0,
         available_bytes: int | None = None,
         workspace_bytes: int = 0,
+        halves: int = 1,
     ) -> LendingPool:
-        """A pool for experts shaped like `weights`.
+        """A pool for experts shaped like `weights`, with so many slots in each half.
 
         budget_bytes > 0 decides the slots in place of slots_per_rank, and must hold at least one beside the workspace,
         which is reserved later. The memory is
@@ -92,7 +121,7 @@ class LendingPool:
         trying would get some process killed.
         """
         local_experts = next(iter(weights.values())).shape[0]
-        per_slot = bytes_per_expert(weights)
+        per_slot = halves * bytes_per_expert(weights)
         left_bytes = max(budget_bytes - workspace_bytes, 0)
         slots = min(left_bytes // per_slot, local_experts) if budget_bytes else slots_per_rank
         if budget_bytes and not slots:
@@ -116,8 +145,15 @@ class LendingPool:
             )
         try:
             # zeros, not empty: untouched pages are not counted as used memory.
-            tensors = {name: tensor.new_zeros((slots, *tensor.shape[1:])) for name, tensor in weights.items()}
+            tensors = {name: _zeros_like_experts(tensor, halves * slots) for name, tensor in weights.items()}
         except (RuntimeError, MemoryError) as error:
             reason = " ".join(str(error).split())
             raise UnsupportedConfiguration(f"{pool} can't be reserved: lower {key} ({reason})", param=key) from error
-        return cls(slots, tensors)
+        return cls(slots, tensors, halves)
+
+
+def _zeros_like_experts(tensor: torch.Tensor, slots: int) -> torch.Tensor:
+    """[slots, ...] with the strides of these experts."""
+    apart = max(tensor.stride(0), span(tensor))
+    zeros = torch.zeros(slots * apart * tensor.element_size(), dtype=torch.uint8, device=tensor.device)
+    return zeros.view(tensor.dtype).as_strided((slots, *tensor.shape[1:]), (apart, *tensor.stride()[1:]))

@@ -12,24 +12,33 @@ Who enters what, in which order, on every rank of the EP group, also with zero t
 Lends are point to point, posted in the plan's order on both ends, on a communicator of their own, so that they
 overlap with the exchange; a rank that neither lends nor borrows posts none. Where the plan's relay tree has a rank pass
 weights on, it does once they have arrived, whatever it computes meanwhile. Everything else is a collective that every
-rank enters.
+rank enters. Rows and weights travel as bytes: no backend needs to know their types.
+
+On CUDA all of it is enqueued: lends on a stream of their own, one batch a round of the relay tree, which NCCL's stream
+keeps in order; waiting holds up the computing stream, not the host.
 """
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import groupby
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from llep.errors import LlepError
 from llep.moe.dispatch import slots_of
-from llep.plan import Plan
+from llep.moe.slots import bytes_of_expert
+from llep.plan import Plan, Transfer
 
 BLAME_WITHIN_S = 3.0  # for the other ranks to give up too and say where
 
@@ -79,6 +88,16 @@ class PendingRows:
         return self.rows
 
 
+@dataclass(frozen=True, slots=True)
+class _Hop:
+    """This rank's end of a transfer: the row of the bank that is sent, or filled, and the tag of its first tensor."""
+
+    transfer: Transfer
+    first_tag: int
+    bank: Mapping[str, torch.Tensor]
+    row: int
+
+
 class Transport:
     """The collectives and transfers of one EP group.
 
@@ -92,6 +111,7 @@ class Transport:
         self.device = device
         self.watchdog_s = watchdog_s
         self.where = ""  # which step and layer is being computed, for messages
+        self.evidence: Callable[[], Mapping[str, int]] = dict  # digests of what all ranks hold alike there
         # A first step may compile kernels for minutes, on one rank longer than on another. Over NCCL this limit is the
         # watchdog: waiting with a limit of its own would hold up the host in every collective.
         start_up = timedelta(seconds=max(watchdog_s, 300.0)) if backend == "nccl" else timedelta(minutes=30)
@@ -99,6 +119,11 @@ class Transport:
             dist.new_group(self.ranks, backend=backend, timeout=start_up, use_local_synchronization=True)
             for _ in range(2)
         )
+        self._lending_stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._lending_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            # A first batch of transfers must find the communicator made: not all ranks enter it.
+            dist.all_reduce(torch.zeros(1, device=device), group=self._weights)
 
     @property
     def size(self) -> int:
@@ -133,7 +158,14 @@ class Transport:
         received = rows.new_empty((total, *rows.shape[1:])) if into is None else into[:total]
         if self.size == 1:
             return PendingRows(self, None, received, rows)
-        work = dist.all_to_all_single(received, rows, receive_counts, send_counts, group=self._tokens, async_op=True)
+        work = dist.all_to_all_single(
+            _bytes_of_rows(received),
+            _bytes_of_rows(rows),
+            receive_counts,
+            send_counts,
+            group=self._tokens,
+            async_op=True,
+        )
         return PendingRows(self, _posted(work), received, rows)
 
     def start_lends(
@@ -145,22 +177,30 @@ class Transport:
     ) -> PendingLends:
         """Post this rank's part of the plan's transfers: home weights out, weights into the pool, and from there on."""
         slots = slots_of(plan, self.rank)
+        hops = [
+            _Hop(
+                hop,
+                index * len(weights),
+                pool if hop.expert in slots else weights,
+                slots[hop.expert] if hop.expert in slots else local_ids[hop.expert],
+            )
+            for index, hop in enumerate(plan.transfers)
+            if self.rank in (hop.src_rank, hop.dst_rank)
+        ]
+        return self._start_batches(hops) if self.device.type == "cuda" else self._start_each(hops)
+
+    def _start_each(self, hops: Sequence[_Hop]) -> PendingLends:
+        """Over gloo: both ends post in the plan's order, which the tags keep."""
         pending = PendingLends(self, [], [])
         arriving: dict[int, list[dist.Work]] = {}  # in the order of rounds
-        onward: dict[int, list[Callable[[], list[dist.Work]]]] = {}
-        # Both ends post in the plan's order: NCCL pairs operations by order, gloo by tag.
-        for index, hop in enumerate(plan.transfers):
-            first_tag = index * len(weights)
-            if hop.dst_rank == self.rank:
-                arriving[hop.expert] = self._receive(pool, slots[hop.expert], hop.src_rank, first_tag)
-            elif hop.src_rank == self.rank and hop.expert not in slots:
-                pending.works += self._send(weights, local_ids[hop.expert], hop.dst_rank, first_tag)
-            elif hop.src_rank == self.rank:
-                send = partial(self._send, pool, slots[hop.expert], hop.dst_rank, first_tag)
-                if self.device.type == "cuda":  # the stream keeps the order
-                    pending.works += send()
-                else:
-                    onward.setdefault(hop.expert, []).append(send)
+        onward: dict[int, list[_Hop]] = {}
+        for hop in hops:
+            if hop.transfer.dst_rank == self.rank:
+                arriving[hop.transfer.expert] = self._post(hop)
+            elif hop.transfer.expert in arriving:
+                onward.setdefault(hop.transfer.expert, []).append(hop)
+            else:
+                pending.works += self._post(hop)
         for expert, works in arriving.items():
             if expert in onward:  # gloo's receives can be waited for but once: the forwarder does
                 pending.forwards.append(self._forwarder.submit(self._forward, works, onward[expert]))
@@ -168,26 +208,43 @@ class Transport:
                 pending.works += works
         return pending
 
-    def _send(self, weights: Mapping[str, torch.Tensor], row: int, dst_rank: int, first_tag: int) -> list[dist.Work]:
-        peer = self.ranks[dst_rank]
+    def _start_batches(self, hops: Sequence[_Hop]) -> PendingLends:
+        """Over NCCL: a group of sends and receives for each round, one after the other on the communicator's stream."""
+        pending = PendingLends(self, [], [])
+        with self._beside_computing():
+            for _, in_round in groupby(hops, key=lambda hop: hop.transfer.round):
+                pending.works += dist.batch_isend_irecv([part for hop in in_round for part in self._parts(hop)])
+        return pending
+
+    def _beside_computing(self) -> AbstractContextManager[object]:
+        """What is enqueued within waits for what was enqueued so far, which may read the pool, but not the reverse."""
+        if self._lending_stream is None:
+            return nullcontext()
+        self._lending_stream.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(self._lending_stream)
+
+    def _parts(self, hop: _Hop) -> list[dist.P2POp]:
+        """The sends, or receives, of one expert: one for each of its tensors."""
+        is_sender = hop.transfer.src_rank == self.rank
+        peer = self.ranks[hop.transfer.dst_rank if is_sender else hop.transfer.src_rank]
         return [
-            _posted(dist.isend(tensor[row], peer, group=self._weights, tag=first_tag + part))
-            for part, tensor in enumerate(weights.values())
+            dist.P2POp(
+                dist.isend if is_sender else dist.irecv,
+                bytes_of_expert(tensor, hop.row),
+                peer,
+                self._weights,
+                hop.first_tag + part,
+            )
+            for part, tensor in enumerate(hop.bank.values())
         ]
 
-    def _receive(self, pool: Mapping[str, torch.Tensor], slot: int, src_rank: int, first_tag: int) -> list[dist.Work]:
-        peer = self.ranks[src_rank]
-        return [
-            _posted(dist.irecv(tensor[slot], peer, group=self._weights, tag=first_tag + part))
-            for part, tensor in enumerate(pool.values())
-        ]
+    def _post(self, hop: _Hop) -> list[dist.Work]:
+        return [_posted(part.op(part.tensor, part.peer, group=part.group, tag=part.tag)) for part in self._parts(hop)]
 
-    def _forward(
-        self, arriving: Sequence[dist.Work], sends: Sequence[Callable[[], list[dist.Work]]]
-    ) -> list[dist.Work]:
+    def _forward(self, arriving: Sequence[dist.Work], onward: Sequence[_Hop]) -> list[dist.Work]:
         for work in arriving:
             self._wait(work, "lends to pass on")
-        return [work for send in sends for work in send()]
+        return [work for hop in onward for work in self._post(hop)]
 
     @cached_property
     def _forwarder(self) -> ThreadPoolExecutor:
@@ -210,25 +267,47 @@ class Transport:
             ) from error
 
     def _blame(self, place: str) -> str:
-        """Which ranks have not given up with this one, and where those are that have: all say so in torch's store."""
+        """Which ranks have not given up with this one, where those are that have, and what they hold that this one
+        does not: all say so in torch's store."""
+        mine = {"place": place, "where": self.where, **self.evidence()}
         try:
             store = dist.distributed_c10d._get_default_store()
-            store.set(self._gave_up_key(self.rank), place)
+            store.set(self._gave_up_key(self.rank), json.dumps(mine))
             others = [rank for rank in range(self.size) if rank != self.rank]
             deadline_s = time.monotonic() + BLAME_WITHIN_S
             while not store.check([self._gave_up_key(rank) for rank in others]) and time.monotonic() < deadline_s:
                 time.sleep(0.1)
-            places = {r: store.get(k).decode() for r in others if store.check([k := self._gave_up_key(r)])}
+            told = {r: json.loads(store.get(k)) for r in others if store.check([k := self._gave_up_key(r)])}
         except RuntimeError:
             return "The process that the ranks met at is gone, global rank 0 in general"
-        silent = [str(rank) for rank in others if rank not in places]
-        waiting = [f"rank {rank} waited at {where}" for rank, where in places.items() if where != place]
-        if silent:
-            return "; ".join([f"EP rank {', '.join(silent)} stopped or stalled", *waiting])
-        return "; ".join(waiting) or "All ranks wait at the same place: the network between them is down or too slow"
+        return _verdict({self.rank: mine} | told, self.size, self.rank)
 
     def _gave_up_key(self, rank: int) -> str:
         return f"llep/gave-up/{'-'.join(map(str, self.ranks))}/{rank}"
+
+
+def _verdict(told: Mapping[int, Mapping[str, Any]], size: int, rank: int) -> str:
+    """What `rank` makes of what the ranks say that have given up."""
+    mine = told[rank]
+    said = []
+    if silent := [str(other) for other in range(size) if other not in told]:
+        said.append(f"EP rank {', '.join(silent)} stopped or stalled")
+    at_the_same = {other: it for other, it in sorted(told.items()) if it["where"] == mine["where"]}
+    for what in ("counts", "placement", "plan"):
+        held = Counter(it[what] for it in at_the_same.values() if what in it)
+        if len(held) > 1:
+            usual = held.most_common(1)[0][0]
+            odd = ", ".join(str(other) for other, it in at_the_same.items() if it.get(what, usual) != usual)
+            said.append(f"EP rank {odd} holds another {what} than the others: its memory or its build of llep differs")
+            break  # another plan follows from other counts
+    waiting = {other: it["place"] for other, it in told.items() if it["place"] != mine["place"]}
+    said += [f"rank {other} waited at {place}" for other, place in sorted(waiting.items())]
+    return "; ".join(said) or "All ranks wait at the same place: the network between them is down or too slow"
+
+
+def _bytes_of_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The same memory as [rows, bytes] uint8."""
+    return rows.view(torch.uint8) if rows.ndim > 1 else rows[:, None].view(torch.uint8)
 
 
 def _posted(work: dist.Work | None) -> dist.Work:

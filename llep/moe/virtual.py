@@ -73,6 +73,7 @@ class VirtualTransport:
         self.size = group.size
         self.device = group.device
         self.where = ""
+        self.evidence: Callable[[], Mapping[str, int]] = dict
 
     def gather(self, row: torch.Tensor, what: str) -> torch.Tensor:
         return self._group.meet(self.rank, row, torch.stack)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 # Tokens of each source that travel at a time: enough to fill links and GEMMs, few enough to bound what is reserved.
@@ -34,6 +36,7 @@ class Workspace:
     chunk_rows: int
     wire_rows: int
     _buffers: dict[tuple[int, torch.dtype, torch.device], Buffers] = field(default_factory=dict)
+    _pinned: torch.Tensor | None = None
 
     @classmethod
     def for_batches(
@@ -60,6 +63,19 @@ class Workspace:
             sizes = (self.chunk_rows, self.wire_rows, self.wire_rows, self.wire_rows)
             self._buffers[key] = Buffers(*(hidden_TH.new_zeros((size, hidden_TH.shape[1])) for size in sizes))
         return self._buffers[key]
+
+    def on_host(self, counts: torch.Tensor) -> npt.NDArray[np.int64]:
+        """A copy of int64 counts on the host: from a device by way of pinned memory, and waited for."""
+        if not counts.is_cuda:
+            return counts.numpy()
+        if self._pinned is None or self._pinned.numel() < counts.numel():
+            self._pinned = torch.empty(counts.numel(), dtype=torch.int64, pin_memory=True)
+        landing = self._pinned[: counts.numel()].view(counts.shape)
+        landing.copy_(counts, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(torch.cuda.current_stream(counts.device))
+        copied.synchronize()
+        return landing.numpy().copy()
 
     def bytes_for(self, hidden: int, dtype: torch.dtype) -> int:
         """What rows of that width and type need."""

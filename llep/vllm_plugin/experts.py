@@ -13,6 +13,7 @@ from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPr
 
 from llep.errors import UnsupportedConfiguration
 from llep.moe.dispatch import Index
+from llep.moe.slots import is_lendable
 
 # Not an expert's weights: activation scales that all experts share, and what the router uses.
 _SHARED_BY_EXPERTS = ("w13_input_scale", "w2_input_scale", "e_score_correction_bias", "hash_indices_table")
@@ -110,11 +111,11 @@ def _lendable(routed_experts: Any) -> dict[str, torch.Tensor]:
         if name not in _SHARED_BY_EXPERTS and parameter.ndim > 0
     }
     for name, tensor in weights.items():
-        if tensor.shape[0] != routed_experts.local_num_experts or not tensor.is_contiguous():
+        if tensor.shape[0] != routed_experts.local_num_experts or not is_lendable(tensor):
             raise UnsupportedConfiguration(
-                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; llep lends tensors that are "
-                f"contiguous and have the {routed_experts.local_num_experts} local experts as their first dimension: "
-                "choose another --moe-backend"
+                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; llep lends tensors that have "
+                f"the {routed_experts.local_num_experts} local experts as their first dimension, each a stretch of "
+                "memory of its own: choose another --moe-backend"
             )
     for name in ("w13_weight", "w2_weight"):
         if name not in weights:

@@ -49,6 +49,10 @@ from llep.vllm_plugin.recording import Recorder
 
 logger = logging.getLogger("vllm.llep")
 
+# Parts of the pool that layers take turns in. Over gloo the host has waited for a layer's lends, and computed with
+# them, before the next layer's are posted; on CUDA it has only enqueued that.
+HALVES = {"cpu": 1, "cuda": 2}
+
 
 @dataclass(frozen=True, slots=True)
 class RankStep:
@@ -122,7 +126,8 @@ class Rank:
         workspace = self._workspace_for(experts)
         model = self.config.model_config
         pool = self._pool_for(experts.weights, workspace.bytes_for(model.get_hidden_size(), model.dtype))
-        experts.prepare_pool(pool.tensors)
+        half = pool.half(len(self.layers))
+        experts.prepare_pool(half.tensors)
         home_rank, local_ids = self._home_of_experts(experts)
         layer = RankLayer(
             index=len(self.layers),
@@ -130,7 +135,7 @@ class Rank:
             experts=experts,
             placement=Placement(home_rank, (pool.slots,) * self._transport.size),
             local_ids=local_ids,
-            moe=LeastLoadedMoE(experts, self._transport, pool, home_rank, local_ids, workspace),
+            moe=LeastLoadedMoE(experts, self._transport, half, home_rank, local_ids, workspace),
             bytes_per_expert=bytes_per_expert(experts.weights),
         )
         self.layers.append(layer)
@@ -147,13 +152,19 @@ class Rank:
             if self._sources["slots_per_rank"] == "default":
                 slots = min(slots, len(next(iter(weights.values()))))
             pool = LendingPool.reserve(
-                weights, slots, settings.memory_budget_bytes, self._available_bytes(), workspace_bytes
+                weights,
+                slots,
+                settings.memory_budget_bytes,
+                self._available_bytes(),
+                workspace_bytes,
+                halves=HALVES[self._transport.device.type],
             )
             self._pools[shape] = pool
             logger.info(
-                "llep: lending pool reserved: %d bytes per rank (%d slots of %d bytes), shared by all layers of this "
-                "shape, before the KV cache is sized",
+                "llep: lending pool reserved: %d bytes per rank (%d x %d slots of %d bytes), shared by all layers of "
+                "this shape, before the KV cache is sized",
                 pool.bytes,
+                pool.halves,
                 pool.slots,
                 bytes_per_expert(weights),
             )
