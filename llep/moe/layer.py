@@ -365,9 +365,7 @@ class LeastLoadedMoE:
         if problem:
             raise BadWeights(problem)
         if bad := rows_R3[:, 0].nonzero().reshape(-1).tolist():
-            raise BadWeights(
-                f"EP rank {', '.join(map(str, bad))} refused its weights; see its log. No rank has a layer"
-            )
+            raise BadWeights(f"EP rank {', '.join(map(str, bad))} refused its weights; see its log. Nobody has a layer")
         for what, column in (("weights of the same names, shapes and types", 1), ("the same homes of experts", 2)):
             different = (rows_R3[:, column] != rows_R3[0, column]).nonzero().reshape(-1).tolist()
             if different:
