@@ -1,4 +1,4 @@
-"""Long runs over real processes: the layer for many random steps, and ranks that die or stall at random moments.
+"""Long runs over real processes: the layer for many random steps, and ranks that die, stall or are misled.
 
 `make test` runs a short share of each (tests/dist). One JSON line each.
 
@@ -17,7 +17,7 @@ from typing import Any
 from bench.record import add_record
 from llep.moe.workspace import Workspace
 from tests.dist.ranks import start_ranks
-from tests.dist.test_layer import hurt, sharded
+from tests.dist.test_layer import hurt, misled, sharded, verified
 
 RANKS, EXPERTS = 4, 16
 HOUR_S = 3600.0
@@ -55,15 +55,35 @@ def soak_layer(steps: int) -> dict[str, Any]:
 
 
 def soak_faults(faults: int) -> dict[str, Any]:
-    """Each fault must end both healthy ranks with a message that names the third."""
+    """Each kind of fault in turn, at random moments, on the last of three ranks; each must have its outcome.
+
+    A rank that dies, stalls or holds other counts ends all with a message that names it; wrong weights are found.
+    """
     rng, seen = random.Random(0), Counter[str]()
-    for _ in range(faults):
-        where, fault = rng.choice(["gather", "start_lends", "exchange", "_wait"]), rng.choice(["kill", "stall"])
-        said = start_ranks(hurt, 3, where, fault, rng.randrange(12), lost=(2,))
-        for message in said[:2]:
-            assert "EP rank 2 stopped or stalled" in message, f"{where} {fault}: {message}"
-        seen[f"{fault} in {where.strip('_')}"] += 1
-    return {"soak": "faults", "faults": faults, "named": faults, **dict(sorted(seen.items()))}
+    kinds = [(fault, where) for fault in ("kill", "stall") for where in ("gather", "start_lends", "exchange", "_wait")]
+    kinds += [
+        (fault, tokens) for fault in ("corrupt counts", "corrupt weights") for tokens in ("sharded", "replicated")
+    ]
+    start_s = time.monotonic()
+    for number in range(faults):
+        fault, where = kinds[number % len(kinds)]
+        if fault == "corrupt counts":
+            said = start_ranks(misled, 3, rng.randrange(12), where == "replicated")
+            assert all("EP rank 2 holds other" in message for message in said), f"{fault}, {where}: {said}"
+        elif fault == "corrupt weights":
+            found = start_ranks(verified, 2, where == "replicated", True)
+            assert not any(is_equal for _, is_equal, _ in found), f"{fault}, {where}: {found}"
+        else:
+            said = start_ranks(hurt, 3, where, fault, rng.randrange(12), lost=(2,))
+            assert all("EP rank 2 stopped or stalled" in message for message in said[:2]), f"{fault}, {where}: {said}"
+        seen[f"{fault}, {where.strip('_')}"] += 1
+    return {
+        "soak": "faults",
+        "faults": faults,
+        "as_expected": faults,
+        **dict(sorted(seen.items())),
+        "seconds": round(time.monotonic() - start_s),
+    }
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from llep.errors import LlepError
+from llep.moe.agreement import RanksDisagree
 from llep.moe.dispatch import Dispatch, Index, Rows, Shares
 from llep.moe.slots import LendingPool, is_lendable, span
 from llep.moe.workspace import Workspace
@@ -105,6 +106,7 @@ class Group(Protocol):
         local_ids: Sequence[int],
         pool: Mapping[str, torch.Tensor],
     ) -> Waits: ...
+    def what_differs(self) -> str: ...
 
 
 @dataclass(slots=True)
@@ -196,6 +198,12 @@ class LeastLoadedMoE:
         A token goes to a rank once, however many of its experts are there, and comes back as one weighted sum; what a
         rank computes of its own tokens does not travel. Raises BadBatch on every rank if one rank's batch is bad.
         """
+        with self._explained():
+            return self._forward_sharded(hidden_TH, gates_TK, ids_TK, decide)
+
+    def _forward_sharded(
+        self, hidden_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor, decide: Decide
+    ) -> LayerResult:
         times = PhaseTimes()
         with times.measure("count"):
             counts_RE = self._gather_counts(hidden_TH, gates_TK, ids_TK)
@@ -253,6 +261,16 @@ class LeastLoadedMoE:
             inputs_PH = torch.index_select(held.rows_NH, 0, rows_P, out=inputs[: len(part)])
             gates_P = held.gates_P[positions_P]
             _add_rows(sums_NH, rows_P, self.experts.compute(bank, inputs_PH, part.experts_G, part.counts_G, gates_P))
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Rows that make no sense come from ranks that hold other counts or plans: say so where they do."""
+        try:
+            yield
+        except (IndexError, RuntimeError) as error:
+            if differs := self.transport.what_differs():
+                raise RanksDisagree(f"{self.transport.where or 'one layer'}: {differs} ({error})") from error
+            raise
 
     def _plan(self, decide: Decide, counts_QE: Counts) -> Plan:
         plan = decide(counts_QE)
@@ -476,8 +494,8 @@ def _evidence(counts_QE: Counts, plan: Plan) -> dict[str, int]:
     """Digests of what all ranks must hold alike: told when one gives up."""
     return {
         "counts": text_digest(repr(counts_QE.tolist())),
-        "placement": text_digest(repr(plan.placement)),
-        "plan": plan.digest(),
+        "placements": text_digest(repr(plan.placement)),
+        "plans": plan.digest(),
     }
 
 

@@ -40,6 +40,7 @@ from llep.moe.dispatch import slots_of
 from llep.moe.slots import bytes_of_expert
 from llep.plan import Plan, Transfer
 
+DIFFERS = "than the others"
 BLAME_WITHIN_S = 3.0  # for the other ranks to give up too and say where
 
 
@@ -266,6 +267,11 @@ class Transport:
                 param="watchdog_s",
             ) from error
 
+    def what_differs(self) -> str:
+        """What other ranks that gave up hold that this one, which gives up too, does not; '' if nothing is known."""
+        found = self._blame(self.where)
+        return found if DIFFERS in found else ""
+
     def _blame(self, place: str) -> str:
         """Which ranks have not given up with this one, where those are that have, and what they hold that this one
         does not: all say so in torch's store."""
@@ -293,12 +299,12 @@ def _verdict(told: Mapping[int, Mapping[str, Any]], size: int, rank: int) -> str
     if silent := [str(other) for other in range(size) if other not in told]:
         said.append(f"EP rank {', '.join(silent)} stopped or stalled")
     at_the_same = {other: it for other, it in sorted(told.items()) if it["where"] == mine["where"]}
-    for what in ("counts", "placement", "plan"):
+    for what in ("counts", "placements", "plans"):
         held = Counter(it[what] for it in at_the_same.values() if what in it)
         if len(held) > 1:
             usual = held.most_common(1)[0][0]
             odd = ", ".join(str(other) for other, it in at_the_same.items() if it.get(what, usual) != usual)
-            said.append(f"EP rank {odd} holds another {what} than the others: its memory or its build of llep differs")
+            said.append(f"EP rank {odd} holds other {what} {DIFFERS}: its memory or its build of llep differs")
             break  # another plan follows from other counts
     waiting = {other: it["place"] for other, it in told.items() if it["place"] != mine["place"]}
     said += [f"rank {other} waited at {place}" for other, place in sorted(waiting.items())]

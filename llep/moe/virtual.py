@@ -75,6 +75,9 @@ class VirtualTransport:
         self.where = ""
         self.evidence: Callable[[], Mapping[str, int]] = dict
 
+    def what_differs(self) -> str:
+        return ""
+
     def gather(self, row: torch.Tensor, what: str) -> torch.Tensor:
         return self._group.meet(self.rank, row, torch.stack)
 

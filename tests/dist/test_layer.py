@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from llep.config import Mode, Planner, Settings
+from llep.moe.agreement import RanksDisagree
 from llep.moe.layer import BadBatch, LeastLoadedMoE
 from llep.moe.swiglu import SwigluExperts
 from llep.moe.transport import BLAME_WITHIN_S, PeerLost, Transport
@@ -288,6 +289,41 @@ def test_a_rank_that_dies_or_stalls_ends_the_others_and_is_named(where: str, fau
     for rank, message in enumerate(said[:2]):
         assert f"EP rank {rank} of 3 gave up at step" in message and "layer 0, in " in message
         assert "EP rank 2 stopped or stalled" in message, message
+
+
+def misled(rank: int, size: int, step_of_fault: int, is_replicated: bool) -> str:
+    """The last rank's memory holds other counts than were gathered, as if a bit had flipped; what each rank said."""
+    home_rank = Placement.linear(8, size, 2).home_rank
+    layer = make_layer(rank, size, 8, home_rank, slots=2)
+    layer.transport.watchdog_s = 3
+    settings = Settings(min_chunk_tokens=1, imbalance_threshold=1.05)
+    choose = partial(decision, settings, Placement(home_rank, (2,) * size), False, [])
+    for step in range(step_of_fault + 4):
+        layer.transport.where = f"step {step}, layer 0"
+        shared = np.random.default_rng([step, 0 if is_replicated else rank])
+        batch = routed_tokens(shared, 50, 8, [0, 1], 0.8)
+
+        def wrong(counts: Any, is_wrong: bool = rank == size - 1 and step == step_of_fault) -> Any:
+            moved = counts.copy()
+            moved[0, 0], moved[0, 5] = moved[0, 0] // 4, moved[0, 5] + moved[0, 0] - moved[0, 0] // 4
+            return choose(moved if is_wrong else counts)
+
+        try:
+            if is_replicated:
+                result = layer.forward_replicated(*batch, wrong, agree=True)
+            else:
+                result = layer.forward_sharded(*batch, wrong)
+            verify(layer, result, *batch, is_replicated=is_replicated)
+        except (PeerLost, RanksDisagree) as error:
+            return f"{error.code}: {error.message}"
+    return "went on"
+
+
+@pytest.mark.parametrize("is_replicated", [False, True])
+def test_a_rank_with_other_counts_ends_all_and_is_named(is_replicated: bool) -> None:
+    said = start_ranks(misled, 3, 2, is_replicated)
+    for rank, message in enumerate(said):
+        assert "step 2, layer 0" in message and "EP rank 2 holds other" in message, (rank, message)
 
 
 def lonely(rank: int, size: int) -> str:
