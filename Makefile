@@ -13,7 +13,9 @@ TINY   := models/tiny-gpt-oss
 NATURAL := models/natural-gpt-oss
 MODEL  ?= $(if $(TRAIN)$(wildcard $(NATURAL)/config.json),$(NATURAL),$(TINY))
 FLAGS  ?= --tensor-parallel-size 2 --enable-expert-parallel --enforce-eager
-# The prompts of a demo are short: balance batches that a GPU would leave alone.
+# The prompts of a demo are short: balance batches that a GPU would leave alone. Two ranks of a trained model are never
+# far apart: balance them all the same.
+serve: export LLEP_IMBALANCE_THRESHOLD ?= 1.05
 serve: export LLEP_MIN_BATCH_TOKENS ?= 16
 serve: export LLEP_MIN_CHUNK_TOKENS ?= 8
 
@@ -44,6 +46,8 @@ bench: $(READY)
 	$(BIN)/python -m bench.planning.optimum --append
 	$(BIN)/python -m bench.simulate speed --append
 	$(BIN)/python -m bench.placement --append
+	$(BIN)/python -m bench.natural.compare --append
+	$(BIN)/python -m bench.scrape --append
 	$(BIN)/python -m bench.layer --sweep all --append
 	$(BIN)/python -m bench.serving --append
 
@@ -51,6 +55,7 @@ bench: $(READY)
 soak: $(READY)
 	$(BIN)/python -m bench.planning.fuzz --append
 	$(BIN)/python -m bench.soak --append
+	$(BIN)/python -m bench.monitoring --append
 
 $(TINY)/config.json: | $(READY)
 	$(BIN)/llep model tiny gpt-oss $(TINY) --hot 0-7 --hot-share 0.85

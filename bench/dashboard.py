@@ -1,12 +1,14 @@
 """Draws docs/dashboard.svg: the dashboard's panels from its own queries, answered by a real Prometheus.
 
-`python -m bench.dashboard` plays two engines for a while, one of which is switched off and on, before a real control
-plane. It shows what panels hold, not how Grafana paints them.
+`python -m bench.dashboard` plays two engines for a while before a real control plane; what they route is recorded
+(bench/natural), and one of them is kept from balancing for a third of the time. It shows what panels hold, not how
+Grafana paints them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 import threading
@@ -18,8 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import numpy.typing as npt
 
+from bench.natural.compare import TRACES
 from llep.monitoring.dashboards import dashboards
+from llep.simulate import split_sources
+from llep.traces import Trace
 from llep_server.config import ServerConfig
 from tests.ops.prometheus import prometheus, wait_for
 from tests.ops.queries import filled
@@ -35,18 +42,42 @@ STYLE = "text{font:11px sans-serif;fill:#222}.t{font-weight:bold}.v{font-size:22
 Series = tuple[str, list[tuple[float, float]]]
 
 
+class NaturalEngine(Engine):
+    """Routes what a trained model did in vLLM: a recorded workload, step by step and round again, on eight ranks."""
+
+    def __init__(self, name: str, workload: str) -> None:
+        self._steps = {
+            phase: itertools.cycle(list(Trace(TRACES / f"{workload}-{phase}").steps()))
+            for phase in ("prefill", "decode")
+        }
+        shape = Trace(TRACES / f"{workload}-prefill").shape
+        start_settings = {"metrics_level": "layer_rank", "imbalance_threshold": 1.1}
+        super().__init__(
+            name=name,
+            ep_size=8,
+            layer_numbers=shape.layer_numbers,
+            num_experts=shape.num_experts,
+            top_k=shape.top_k,
+            start=start_settings,
+        )
+
+    def next_step(self, phase: str) -> None:
+        self._step = next(self._steps[phase])
+        self.run(tokens=int(self._step.counts_LRE[0].sum()) // self.top_k, phase=phase)
+
+    def counts(self, layer: int, tokens: int, hot_share: float) -> npt.NDArray[np.int64]:
+        return split_sources(self._step.counts_LRE[layer], self.ep_size)
+
+
 def play(running: Running, seconds: float) -> None:
-    """Two engines whose skew comes and goes; the first balances nothing for the middle third."""
-    start_settings = {"metrics_level": "layer_rank"}
-    engines = [
-        Engine(name=name, ep_size=4, num_experts=32, seed=seed, start=start_settings) for seed, name in enumerate("ab")
-    ]
+    """Two engines under natural skew; the first balances nothing for the middle third."""
+    engines = [NaturalEngine("a", "shifting"), NaturalEngine("b", "manuals")]
     started_s = time.monotonic()
     while (part := (time.monotonic() - started_s) / seconds) < 1:
-        engines[0].settings = engines[0].settings.changed({"imbalance_threshold": 4 if 1 / 3 < part < 2 / 3 else 1.3})
+        engines[0].settings = engines[0].settings.changed({"imbalance_threshold": 9 if 1 / 3 < part < 2 / 3 else 1.1})
         for engine in engines:
-            engine.run(tokens=1024, hot_share=0.3 + 0.5 * abs(2 * part - 1))
-            engine.run(tokens=32, phase="decode")
+            engine.next_step("prefill")
+            engine.next_step("decode")
             running.report(engine)
         time.sleep(0.3)
 

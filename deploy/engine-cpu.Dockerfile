@@ -37,6 +37,7 @@ ENV PATH=/opt/llep/bin:$PATH \
     HF_HUB_OFFLINE=1 \
     PYTHONUNBUFFERED=1 \
     LLEP_STATE_DIR=/var/lib/llep \
+    LLEP_RECORD_DIR=/tmp/llep-recordings \
     RAY_AUTH_TOKEN_PATH=/run/llep/ray-token \
     VLLM_CPU_KVCACHE_SPACE=1 \
     VLLM_CPU_OMP_THREADS_BIND=0|1

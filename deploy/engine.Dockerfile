@@ -26,6 +26,7 @@ ENV HOME=/tmp \
     HF_HOME=/models \
     PYTHONUNBUFFERED=1 \
     LLEP_STATE_DIR=/var/lib/llep \
+    LLEP_RECORD_DIR=/tmp/llep-recordings \
     RAY_AUTH_TOKEN_PATH=/run/llep/ray-token
 USER 10001:10001
 VOLUME ["/models", "/run/llep"]

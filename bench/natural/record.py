@@ -18,7 +18,7 @@ from bench.natural.workloads import Workloads
 from bench.serving import Engine
 from llep.shapes import PHASES, StepCounts
 from llep.traces import Trace, write_trace
-from llep.vllm_plugin.recording import PART_S, VARIABLE
+from llep.vllm_plugin.recording import FROM_START, PART_S
 
 REQUESTS, ROUNDS, REPLY_TOKENS = 64, 10, 12  # a round's requests are served together
 MOST_STEPS = 60  # kept of each workload and phase, spread evenly
@@ -71,7 +71,7 @@ def main() -> None:
     os.environ.pop("LLEP_RAY_ADDRESS", None)
     workloads = Workloads(asked.model)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[VARIABLE] = folder
+        os.environ |= {FROM_START: "1", "LLEP_RECORD_DIR": folder}
         engine = Engine(asked.model, eager=True)
         parts = [serve(engine, workloads, name) for name in workloads.names]
         time.sleep(2 * PART_S)  # until the last part is whole

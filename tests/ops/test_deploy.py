@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,32 @@ def test_head_and_nodes_agree_on_state_and_token(path: Path) -> None:
     assert '"llep", "with-ray"' in instructions(path, "ENTRYPOINT")[0]
 
 
+@pytest.mark.parametrize("path", [path for path in DOCKERFILES if "engine" in path.name], ids=lambda path: path.name)
+def test_engines_record_where_they_may_write(path: Path) -> None:
+    """Their root is read-only, and their state folder is the head's."""
+    recordings = Path(environment(path)["LLEP_RECORD_DIR"])
+    assert recordings.is_relative_to("/tmp")
+    assert load_settings(environ={"LLEP_RECORD_DIR": str(recordings)})[0].record_dir == str(recordings)
+
+
+def test_images_hold_every_file_of_the_packages() -> None:
+    """Templates, static files, pictures: what is not Python comes along in a wheel too."""
+    done = subprocess.run(
+        ["git", "ls-files", "llep", "server/llep_server", "k8s"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    names = done.stdout.split()
+    if done.returncode or not names:
+        pytest.skip("not a checkout of git")
+    assert {Path(name).parts[0] for name in names} <= {name.removeprefix("!") for name in kept_for_images()}
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    packed = [*wheel["packages"], *wheel["force-include"]]
+    assert all(any(Path(name).is_relative_to(folder) for folder in packed) for name in names)
+
+
+def kept_for_images() -> set[str]:
+    return {line for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+
+
 def test_compose_file_is_one() -> None:
     command = [BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", DEPLOY / "compose.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -105,11 +132,15 @@ def test_settings_of_a_service_are_settings(name: str) -> None:
     assert isinstance(settings, Settings)
 
 
-def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
-    text = (DEPLOY / "prometheus" / "prometheus.yml").read_text().replace("/etc/prometheus", str(DEPLOY / "prometheus"))
-    (tmp_path / "prometheus.yml").write_text(text)
-    command = [tool("promtool"), "check", "config", "prometheus.yml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
+@pytest.mark.parametrize("name", ["prometheus.yml", "local.yml"])
+def test_prometheus_takes_its_configuration(tmp_path: Path, name: str) -> None:
+    path = DEPLOY / "prometheus" / name
+    if name == "prometheus.yml":
+        text = path.read_text().replace("/etc/prometheus", str(DEPLOY / "prometheus"))
+        path = tmp_path / name
+        path.write_text(text)
+    command = [tool("promtool"), "check", "config", path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 rule files found" in done.stdout
 
@@ -120,6 +151,15 @@ def test_prometheus_scrapes_services_where_they_listen() -> None:
     listening = {f"{alias}:{port}" for name in SERVICES for alias in names(name) for port in container_ports(name)}
     assert targets <= listening
     assert {job["job_name"] for job in config["scrape_configs"]} == {"llep", "vllm"}
+
+
+def test_a_local_prometheus_scrapes_what_make_serve_starts() -> None:
+    config, compose = (
+        yaml.safe_load((DEPLOY / "prometheus" / f"{n}.yml").read_text()) for n in ("local", "prometheus")
+    )
+    targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}
+    assert targets == {"llep": [f"127.0.0.1:{DEFAULT_PORT}"], "vllm": ["127.0.0.1:8000"]}
+    assert config["global"] == compose["global"]
 
 
 def names(service: str) -> set[str]:

@@ -26,7 +26,7 @@ from tests.ops.manifests import Object, Pod, named, pods, render, selects
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
 KUBERNETES = "1.31"
-OVERLAYS = ("cpu-demo", "gpt-oss", "deepseek")
+OVERLAYS = ("cpu-demo", "gpt-oss", "gpt-oss-many", "deepseek")
 SECRETS = {
     "llep-keys": "keys",
     "llep-ray-token": "auth_token",
@@ -125,6 +125,16 @@ def test_pods_are_told_what_the_code_wants(objects: list[Object]) -> None:
             Settings.parse(yaml.safe_load(maps["data"]["settings.yaml"]))
             host, _, port = ours["LLEP_RAY_ADDRESS"].partition(":")
             assert int(port) in {p["port"] for p in named(objects, "Service")[host]["spec"]["ports"]}
+
+
+def test_engines_of_one_model_have_names_of_their_own(objects: list[Object]) -> None:
+    for cluster in named(objects, "RayCluster").values():
+        for group in cluster["spec"]["workerGroupSpecs"]:
+            environment = Pod(group["groupName"], group["template"]).environment
+            by_pod = {"fieldRef": {"fieldPath": "metadata.name"}}
+            assert group["replicas"] == 1 or environment["LLEP_ENGINE"]["valueFrom"] == by_pod
+    for kind in ("Deployment", "LeaderWorkerSet"):
+        assert all(item["spec"]["replicas"] == 1 for item in named(objects, kind).values())
 
 
 def test_ray_asks_for_a_token_everywhere(objects: list[Object]) -> None:

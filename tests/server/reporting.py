@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from llep.config import Settings
 from llep.loads import imbalance_ratio, skewed_counts
@@ -91,10 +92,14 @@ class Engine:
         self.seq += 1
         return [self._report(rank) for rank in range(self.ep_size)]
 
-    def _run_layer(self, phase: str, layer: int, tokens: int, hot_share: float) -> None:
+    def counts(self, layer: int, tokens: int, hot_share: float) -> npt.NDArray[np.int64]:
+        """Pairs [R, E] that this step routes in the layer."""
         seed = self.seed + 1000 * layer + self.steps.total()
         counts_RE = skewed_counts(1, self.num_experts, tokens * self.top_k, [0, 1], hot_share, seed)
-        counts_RE = np.vstack([counts_RE, np.zeros((self.ep_size - 1, self.num_experts), np.int64)])
+        return np.vstack([counts_RE, np.zeros((self.ep_size - 1, self.num_experts), np.int64)])
+
+    def _run_layer(self, phase: str, layer: int, tokens: int, hot_share: float) -> None:
+        counts_RE = self.counts(layer, tokens, hot_share)
         options = PlanOptions(
             imbalance_threshold=self.settings.imbalance_threshold, min_chunk_tokens=self.settings.min_chunk_tokens
         )
