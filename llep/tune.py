@@ -29,6 +29,7 @@ CANDIDATES: Mapping[str, tuple[Any, ...]] = {
     "capacity_factor": (1.0, 1.1, 1.25),
     "slots_per_rank": (8, 4, 2, 1),
 }
+SWEPT = ("planner", "phases", "min_batch_tokens", *(key for key in CANDIDATES if key != "slots_per_rank"))
 MOST_CASES = 4 + sum(len(values) + 1 for values in CANDIDATES.values())  # as it is, by planner, proposed; these
 
 
@@ -346,6 +347,7 @@ def _case_dict(case: Case, start: Case, steps: int, *, is_timed: bool) -> dict[s
     now, then = start.settings.dump(), case.settings.dump()
     return {
         "patch": {key: value for key, value in then.items() if value != now[key]},
+        "settings": {key: then[key] for key in SWEPT},
         "slots_per_rank": case.slots_per_rank,
         "gain_ratio": round(case.gain_ratio, 6),
         "seconds_per_step_before": case.work_before / steps if is_timed else None,

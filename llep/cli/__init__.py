@@ -13,7 +13,7 @@ from llep.errors import LlepError, SchedulerUnreachable, SettingsError, Unsuppor
 
 # Modules in the order in which `llep --help` lists their commands.
 COMMANDS = (
-    *("serve", "model", "control_plane", "control", "plan", "simulate", "report"),
+    *("serve", "model", "control_plane", "control", "loads", "history", "plan", "simulate", "record", "tune", "report"),
     *("calibrate", "doctor", "export", "demo", "with_ray"),
 )
 

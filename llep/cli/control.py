@@ -108,7 +108,7 @@ def settings_set(
     query = {"engines": engines, "reason": reason or None, "dry_run": "true" if dry_run else None}
     with ControlPlane(server, key_file) as control_plane:
         change = control_plane.patch("/v1/settings", patch, headers, **query)
-    _show_change(change, output)
+    show_change(change, output)
 
 
 @settings_app.command("schema")
@@ -135,7 +135,7 @@ def mode(
     body = {"mode": mode.value, "ttl_s": None if ttl is None else parse_duration("--ttl", ttl)}
     with ControlPlane(server, key_file) as control_plane:
         change = control_plane.put("/v1/mode", body, engines=engines, reason=reason or None)
-    _show_change(change, output)
+    show_change(change, output)
 
 
 def parse_duration(name: str, text: str) -> float:
@@ -188,7 +188,7 @@ def _setting_row(setting: Row) -> Row:
     return {key: setting[key] for key in ("key", "value", "source", "hot")}
 
 
-def _show_change(change: Row, output: Format) -> None:
+def show_change(change: Row, output: Format) -> None:
     rows = [{"key": key, "before": before, "after": after} for key, (before, after) in change["diff"].items()]
     if output is not Format.TABLE:
         return show(rows, output, data=change)

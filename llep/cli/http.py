@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Self
@@ -15,6 +17,7 @@ from llep.errors import ERRORS_BY_CODE, LlepError, SettingsError, UnsupportedCon
 
 DEFAULT_SERVER = "http://127.0.0.1:8088"
 TIMEOUT_S = 15.0
+DOWNLOAD_TRIES = 5
 
 ServerOption = Annotated[str, typer.Option("--server", envvar="LLEP_SERVER", help="Where the control plane is.")]
 KeyFileOption = Annotated[
@@ -59,16 +62,60 @@ class ControlPlane:
     def put(self, path: str, body: Any, **query: Any) -> Any:
         return self._ask("PUT", path, query, body)
 
+    def post(self, path: str, body: Any, **query: Any) -> Any:
+        return self._ask("POST", path, query, body)
+
+    def delete(self, path: str) -> Any:
+        return self._ask("DELETE", path, {})
+
+    def get_bytes(self, path: str, **query: Any) -> bytes:
+        """The answer's body, whatever it is."""
+        return self._request("GET", path, query).content
+
+    def download(self, path: str, target: Path, size: int, etag: str, on_bytes: Callable[[int], None]) -> None:
+        """Fetch `size` bytes into `target`; goes on with what an earlier try left in TARGET.partial.
+
+        on_bytes is called with the bytes that are there. Raises LlepError, OSError.
+        """
+        partial = target.with_name(target.name + ".partial")
+        for attempt in range(DOWNLOAD_TRIES):
+            have = partial.stat().st_size if partial.exists() else 0
+            if have >= size:
+                break
+            headers = {"Range": f"bytes={have}-", "If-Range": etag} if have else {}
+            try:
+                with self._client.stream("GET", path, headers=headers) as response:
+                    if not response.is_success:
+                        response.read()
+                        raise _named(response, self.server)
+                    with partial.open("ab" if response.status_code == 206 else "wb") as file:
+                        for chunk in response.iter_bytes(1 << 18):
+                            file.write(chunk)
+                            on_bytes(file.tell())
+            except httpx.HTTPError as error:
+                if attempt == DOWNLOAD_TRIES - 1:
+                    raise typer.Exit(fail(_unreachable(self.server, error), ExitCode.UNREACHABLE)) from None
+                time.sleep(attempt + 1.0)
+        if partial.stat().st_size != size:
+            partial.unlink()
+            raise LlepError(f"{self.server} sent another number of bytes than {size}: try again")
+        partial.replace(target)
+
     def _ask(
         self, method: str, path: str, query: dict[str, Any], body: Any = None, headers: dict[str, str] | None = None
     ) -> Any:
+        return _json(self._request(method, path, query, body, headers), self.server)
+
+    def _request(
+        self, method: str, path: str, query: dict[str, Any], body: Any = None, headers: dict[str, str] | None = None
+    ) -> httpx.Response:
         params = {key: value for key, value in query.items() if value is not None}
         try:
             response = self._client.request(method, path, params=params, json=body, headers=headers)
         except httpx.HTTPError as error:
             raise typer.Exit(fail(_unreachable(self.server, error), ExitCode.UNREACHABLE)) from None
         if response.is_success:
-            return _json(response, self.server)
+            return response
         raise _named(response, self.server)
 
 

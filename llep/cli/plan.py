@@ -1,9 +1,10 @@
-"""`llep plan`: what a planner does with one batch, without a server and a GPU."""
+"""`llep plan`: plans that engines made, and what a planner does with one batch, without a server and a GPU."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llep.cli.http import DEFAULT_SERVER, ControlPlane, EngineOption, KeyFileOption, OutputOption, ServerOption
 from llep.cli.output import Format, show
 from llep.errors import LlepError, SettingsError
 
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def add_to(app: typer.Typer) -> None:
-    plans = typer.Typer(help="Ask the planners: no server and no GPU needed.", no_args_is_help=True)
+    plans = typer.Typer(help="Plans that engines made, and those that planners would make.", no_args_is_help=True)
+    plans.command("list")(list_plans)
+    plans.command("show")(show_plan)
     plans.command("simulate")(simulate)
     plans.command("place")(place)
     app.add_typer(plans, name="plan")
@@ -32,6 +36,67 @@ def needs_planning() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise LlepError(f"this needs the package {error.name}: pip install 'llep[planning]'") from None
+
+
+def list_plans(
+    server: ServerOption = DEFAULT_SERVER,
+    key_file: KeyFileOption = None,
+    output: OutputOption = Format.TABLE,
+    engine: EngineOption = None,
+    limit: Annotated[int, typer.Option(min=1, max=500, help="How many.")] = 20,
+) -> None:
+    """Layers of steps that lent, as engines sample them; newest first."""
+    with ControlPlane(server, key_file) as control_plane:
+        plans = control_plane.get("/v1/plans", engine=engine, limit=limit)["data"]
+    show([_plan_row(plan) for plan in plans], output, data=plans)
+
+
+def show_plan(
+    id: Annotated[int, typer.Argument(help="The plan; `llep plan list` shows them.")],
+    server: ServerOption = DEFAULT_SERVER,
+    key_file: KeyFileOption = None,
+    output: OutputOption = Format.TABLE,
+    engine: EngineOption = None,
+) -> None:
+    """One plan: loads of the ranks before and after, and who lent what to whom."""
+    with ControlPlane(server, key_file) as control_plane:
+        plan = control_plane.get(f"/v1/plans/{id}", engine=engine)
+    loads = [
+        {
+            "rank": rank,
+            "routed": routed,
+            "computed": computed,
+            "lent": sum(lend["src_rank"] == rank for lend in plan["lends"]),
+            "borrowed": sum(lend["dst_rank"] == rank for lend in plan["lends"]),
+        }
+        for rank, (routed, computed) in enumerate(zip(plan["routed"], plan["computed"], strict=True))
+    ]
+    title = f"plan {id}: " + ", ".join(f"{key} {value}" for key, value in _plan_row(plan).items() if key != "id")
+    if output is Format.TABLE:
+        show(loads, output, title=title)
+        print()
+        show(plan["lends"], output)
+    else:
+        show(loads, output, data=plan)
+
+
+def _plan_row(plan: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": plan["id"],
+        "engine": plan["engine"],
+        "time": time.strftime("%H:%M:%S", time.localtime(plan["time_s"])),
+        "step": plan["step"],
+        "layer": plan["layer"],
+        "phase": plan["phase"],
+        "decision": plan["decision"],
+        "tokens": plan["tokens"],
+        "before": plan["imbalance_ratio_before"],
+        "after": plan["imbalance_ratio_after"],
+        "lends": len(plan["lends"]),
+        "lent MB": plan["lend_bytes"] / 1e6,
+        "layer ms": 1e3 * plan["layer_seconds"],
+        "gain ms": 1e3 * plan["predicted_gain_s"],
+    }
 
 
 def simulate(

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from llep.cli.plan import needs_planning
+from llep.cli.progress import progress
 from llep.errors import SettingsError
 
 if TYPE_CHECKING:
     from llep.shapes import StepCounts
-
-PLAIN_LINE_EVERY_S = 5.0
 
 RanksOption = Annotated[int | None, typer.Option("--ranks", help="Ranks to judge on; the recording's.")]
 SlotsOption = Annotated[int, typer.Option("--slots-per-rank", help="Experts that each rank can borrow now.")]
@@ -68,7 +62,7 @@ def report(
     from llep.config import Settings, parse_assignments
 
     start = Settings.parse(parse_assignments(settings or []))
-    with unpacked(recording) as folder, stages("report") as on_stage:
+    with unpacked(recording) as folder, progress("report") as on_stage:
         warm_up()
         loads = Loads(folder, ranks, slots_per_rank, cost_model, ranks_per_node, sizes_of, tokens_per_rank)
         found = analyse(
@@ -153,26 +147,3 @@ class Loads:
         broken = [f"left out {part.path.name}: {part.reason}" for part in self._trace.broken]
         unfinished = [f"left out {path.name}, which was never finished" for path in self._trace.unfinished]
         return [*self._notes, *broken, *unfinished]
-
-
-@contextmanager
-def stages(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Reports (stage, done, total), total 0 where unknown: a bar on a terminal, a line now and then elsewhere; on
-    standard error either way."""
-    if sys.stderr.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-            task: Any = shown.add_task(what, total=None)
-            yield lambda stage, done, total: shown.update(
-                task, description=f"{what}: {stage}", completed=done, total=total or None
-            )
-        return
-    last_s = time.monotonic()
-
-    def report(stage: str, done: int, total: int) -> None:
-        nonlocal last_s
-        if time.monotonic() - last_s >= PLAIN_LINE_EVERY_S:
-            last_s = time.monotonic()
-            print(f"llep: {what}: {stage} {done}{f' of {total}' if total else ''}", file=sys.stderr)
-
-    yield report

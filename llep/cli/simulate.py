@@ -6,7 +6,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,41 +70,44 @@ def simulate(
 ) -> None:
     """Replay loads under several planners: imbalance, lends, bytes, memory, predicted time, planning time."""
     with needs_planning():
-        from llep import traces  # noqa: F401
         from llep.planning import warm_up
         from llep.simulate import simulate as run
         from llep.simulate import summary
         from llep.simulate.contenders import make_planner
+        from llep.traces import unpacked
 
-    loads = (
-        _recorded(Path(source), skip_broken, steps)
-        if Path(source).exists() or not _is_workload(source)
-        else _generated(source, model, layers, ranks, tokens_per_rank, steps, seed, phase)
-    )
-    options: dict[str, Any] = {
-        "imbalance_threshold": imbalance_threshold,
-        "capacity_factor": capacity_factor,
-        "min_chunk_tokens": min_chunk_tokens,
-        "max_lend_bytes": max_lend_bytes,
-        "lend_scope": lend_scope,
-        "ranks_per_node": ranks_per_node,
-    }
-    num_ranks = loads.ranks if ranks is None else ranks
-    setup = _setup(loads, num_ranks, slots_per_rank, bytes_per_expert, free_bytes, cost_model, window_steps, options)
-    for name in planner or DEFAULT_PLANNERS:
-        make_planner(name, setup)
-    _check_chart(chart)
-    warm_up()
-    replayed = loads.steps if save is None else _saved(loads, save)
-    with _progress(loads.count) as on_step:
-        found = summary(_run(run, replayed, setup, planner or DEFAULT_PLANNERS, on_step))
-    for note in loads.notes():
-        print(f"llep: {note}", file=sys.stderr)
-    if chart is not None:
-        from llep.simulate.chart import page
+    with ExitStack() as stack:
+        loads = (
+            _recorded(stack.enter_context(unpacked(Path(source))), skip_broken, steps)
+            if Path(source).exists() or not _is_workload(source)
+            else _generated(source, model, layers, ranks, tokens_per_rank, steps, seed, phase)
+        )
+        options: dict[str, Any] = {
+            "imbalance_threshold": imbalance_threshold,
+            "capacity_factor": capacity_factor,
+            "min_chunk_tokens": min_chunk_tokens,
+            "max_lend_bytes": max_lend_bytes,
+            "lend_scope": lend_scope,
+            "ranks_per_node": ranks_per_node,
+        }
+        num_ranks = loads.ranks if ranks is None else ranks
+        setup = _setup(
+            loads, num_ranks, slots_per_rank, bytes_per_expert, free_bytes, cost_model, window_steps, options
+        )
+        for name in planner or DEFAULT_PLANNERS:
+            make_planner(name, setup)
+        _check_chart(chart)
+        warm_up()
+        replayed = loads.steps if save is None else _saved(loads, save)
+        with _progress(loads.count) as on_step:
+            found = summary(_run(run, replayed, setup, planner or DEFAULT_PLANNERS, on_step))
+        for note in loads.notes():
+            print(f"llep: {note}", file=sys.stderr)
+        if chart is not None:
+            from llep.simulate.chart import page
 
-        chart.write_text(page(source, found))
-    show(_rows(found), output, data={"source": source, **found}, title=_title(source, found))
+            chart.write_text(page(source, found))
+        show(_rows(found), output, data={"source": source, **found}, title=_title(source, found))
 
 
 @dataclass(frozen=True)

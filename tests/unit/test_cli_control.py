@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from llep.cli.control import _revision, _show_change, parse_duration
+from llep.cli.control import _revision, parse_duration, show_change
 from llep.cli.output import Format
 from llep.errors import SettingsError
 
@@ -51,10 +51,10 @@ def test_a_change_is_told_to_people_and_to_scripts(capsys: pytest.CaptureFixture
         ],
         "reverts_at_s": None,
     }
-    _show_change(change, Format.TABLE)
+    show_change(change, Format.TABLE)
     told = capsys.readouterr().out
     assert "revision 4" in told and "a: live since step 17" in told and "b: sent\n" in told
-    _show_change(change, Format.JSON)
+    show_change(change, Format.JSON)
     assert json.loads(capsys.readouterr().out) == change
-    _show_change({**change, "diff": {}, "applied": []}, Format.TABLE)
+    show_change({**change, "diff": {}, "applied": []}, Format.TABLE)
     assert "nothing to change" in capsys.readouterr().out

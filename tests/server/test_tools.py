@@ -1,0 +1,145 @@
+"""`llep record`, `tune`, `loads matrix|hot`, `plan list|show`, `settings history|diff|rollback` for scripts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Llep
+from reporting import Engine
+from running import Running
+
+from llep.generate import Workload, generate_steps
+from llep.shapes import ModelShape
+from llep.traces import Trace, unpacked, write_trace
+
+OK, ERROR, USAGE, UNREACHABLE, CHECK_FAILED = 0, 1, 2, 3, 4
+SHAPE = ModelShape(
+    name="tiny", layer_numbers=(0, 1), num_experts=16, top_k=2, hidden_size=2880, intermediate_size=2880,
+    bytes_per_expert=13_000_000,
+)  # fmt: skip
+
+
+@pytest.fixture
+def busy(running: Running) -> Iterator[Running]:
+    """With one engine that has done three steps, and goes on reporting."""
+    engine = Engine()
+    running.report(engine)
+    for _ in range(3):
+        engine.run(tokens=256)
+    running.report(engine)
+    ended = threading.Event()
+
+    def go_on() -> None:
+        while not ended.wait(0.3):
+            running.report(engine)
+
+    reporting = threading.Thread(target=go_on)
+    reporting.start()
+    yield running
+    ended.set()
+    reporting.join()
+
+
+def deliver(running: Running, id: str, folder: Path) -> None:
+    """What the agent does."""
+    scheduler = running.caller.scheduler
+    running.await_(scheduler.recording_begun("tiny", id))
+    for part in sorted(folder.glob("*.parquet")):
+        running.await_(scheduler.recording_part("tiny", id, part.name, 0, part.read_bytes(), True))
+    running.await_(scheduler.recording_end("tiny", id, 12, ""))
+
+
+def test_a_recording_from_its_start_to_its_settings(busy: Running, llep: Llep, tmp_path: Path) -> None:
+    def ask(*arguments: str, expect: int = OK) -> str:
+        done = llep(*arguments, "--server", busy.url)
+        assert done.returncode == expect, done.stdout + done.stderr
+        return done.stdout if expect == OK else done.stderr
+
+    started = json.loads(ask("record", "start", "--steps", "12", "--reason", "try", "-o", "json"))
+    id = started["id"]
+    assert (started["state"], started["steps_wanted"]) == ("ordered", 12)
+    assert "is being recorded: stop it with" in ask("record", "start", expect=ERROR)
+    assert "it has no data to fetch" in ask("record", "export", id, expect=ERROR)
+    loads = Workload.parse("zipf:ratio=3")
+    steps = generate_steps(loads, SHAPE, num_ranks=4, tokens_per_rank=32768, steps=12, seed=0, phase="prefill")
+    write_trace(tmp_path / "rec", SHAPE, 4, steps)
+    deliver(busy, id, tmp_path / "rec")
+    (row,) = csv.DictReader(io.StringIO(ask("record", "list", "-o", "csv")))
+    assert (row["id"], row["state"], row["steps"]) == (id, "done", "12")
+    tar = tmp_path / "got.tar"
+    assert "12 steps" in ask("record", "export", id, "-o", str(tar))
+    (tmp_path / "again.tar.partial").write_bytes(tar.read_bytes()[:1000])  # as if the first try had broken off
+    ask("record", "export", id, "-o", str(tmp_path / "again.tar"))
+    assert (tmp_path / "again.tar").read_bytes() == tar.read_bytes()
+    with unpacked(tar) as folder:
+        assert len(list(Trace(folder).steps())) == 12
+    for recording in (id, str(tar)):
+        found = json.loads(ask("tune", recording, "--set", "imbalance_threshold=50", "-o", "json"))
+        assert found["verdict"] == "worth_it" and found["patch"]["imbalance_threshold"] < 3
+    told = ask("tune", id, "--apply", "--set", "imbalance_threshold=50", "--engine", "tiny")
+    assert "set it with: llep settings set" in told and "revision" in told
+    (newest, *_) = json.loads(ask("settings", "history", "-o", "json"))
+    assert newest["reason"].startswith(f"llep tune {id}: ") and newest["patch"] == found["patch"]
+    assert "nothing is worth setting" in ask("tune", str(tar), "--apply", expect=CHECK_FAILED)
+    assert json.loads(ask("record", "delete", id, "-o", "json"))["state"] == "deleted"
+    assert ask("record", "list") == "nothing to show\n"
+    assert "no recording" in ask("record", "stop", id, expect=ERROR)
+    assert "does not exist" in ask("tune", "nowhere.tar", expect=USAGE)
+
+
+def test_loads_by_layer_and_the_hottest_experts(busy: Running, llep: Llep, tmp_path: Path) -> None:
+    def ask(*arguments: str, expect: int = OK) -> str:
+        done = llep("loads", *arguments, "--server", busy.url, "--window", "15m")
+        assert done.returncode == expect, done.stdout + done.stderr
+        return done.stdout if expect == OK else done.stderr
+
+    matrix = json.loads(ask("matrix", "-o", "json"))
+    rows = list(csv.DictReader(io.StringIO(ask("matrix", "-o", "csv"))))
+    assert [int(row["layer"]) for row in rows] == matrix["layers"]
+    assert [[int(row[f"rank_{rank}"]) for rank in range(len(values))] for row, values in zip(
+        rows, matrix["values"], strict=True)] == matrix["values"]  # fmt: skip
+    table = ask("matrix", "--by", "expert")
+    assert "before balancing, by expert" in table and "█" in table
+    for suffix in ("csv", "parquet", "json"):
+        assert "wrote" in ask("matrix", "--stage", "after", "--file", str(tmp_path / f"m.{suffix}"))
+        assert (tmp_path / f"m.{suffix}").stat().st_size > 50
+    assert "must end in" in ask("matrix", "--file", "m.xlsx", expect=USAGE)
+    hot = json.loads(ask("hot", "--limit", "3", "-o", "json"))
+    assert len(hot) == 3 and hot[0]["share"] >= hot[1]["share"] >= hot[2]["share"] > 0
+    assert "times fair" in ask("hot")
+
+
+def test_sampled_plans(busy: Running, llep: Llep) -> None:
+    plans = llep("plan", "list", "-o", "json", "--server", busy.url)
+    assert plans.returncode == OK
+    for plan in json.loads(plans.stdout)[:1]:
+        shown = llep("plan", "show", str(plan["id"]), "--server", busy.url)
+        assert shown.returncode == OK and "routed" in shown.stdout
+    missing = llep("plan", "show", "99999", "--server", busy.url)
+    assert missing.returncode == ERROR and "Traceback" not in missing.stderr
+
+
+def test_settings_come_back(busy: Running, llep: Llep) -> None:
+    def ask(*arguments: str, expect: int = OK) -> str:
+        done = llep("settings", *arguments, "--server", busy.url)
+        assert done.returncode == expect, done.stdout + done.stderr
+        return done.stdout if expect == OK else done.stderr
+
+    ask("set", "imbalance_threshold=1.7", "--reason", "first")
+    ask("set", "imbalance_threshold=1.9")
+    assert "imbalance_threshold" in ask("diff")
+    assert json.loads(ask("diff", "2", "-o", "json")) == [{"key": "imbalance_threshold", "before": 1.7, "after": 1.9}]
+    assert "would change" in ask("rollback", "1", "--dry-run")
+    ask("rollback", "1", "--reason", "back")
+    history = json.loads(ask("history", "-o", "json"))
+    assert [one["reason"] for one in history] == ["back", "", "first"]
+    (held,) = json.loads(ask("get", "imbalance_threshold", "-o", "json"))["settings"]
+    assert held["value"] == 1.7
+    assert "no revision 77" in ask("diff", "77", expect=USAGE)
+    assert "no revision 77" in ask("rollback", "77", expect=ERROR)
