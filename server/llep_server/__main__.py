@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import signal
 import socket
 import sys
-from typing import Any
 
 from llep.errors import UnsupportedConfiguration
+from llep_server import logs
 from llep_server.config import ServerConfig
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
-UVICORN_OPTIONS: dict[str, Any] = {
-    "log_config": None,
-    "access_log": False,
-    "server_header": False,
-    "proxy_headers": False,  # the audit trail names who really called
-    "timeout_graceful_shutdown": 5,
-    "lifespan": "on",
-}
 
 
 def main() -> int:
@@ -42,11 +33,13 @@ def serve(config: ServerConfig) -> int:
     import uvicorn
 
     from llep_server.app import create_app
+    from llep_server.connections import UVICORN_OPTIONS, give_up_the_unread
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.set_up(config.log_format)
     app = create_app(config)
     try:
         listener = listen(config.host, config.port)
+        give_up_the_unread(listener)
     except OSError as error:
         return _fail(explain_listen_error(error, config), EXIT_ERROR)
     # uvicorn ends in good order and then raises the signal again: by then there is nothing left to do.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 
@@ -21,6 +23,7 @@ from llep_server.scheduler import Caller, Scheduler
 from llep_server.simulation import Simulator
 from llep_server.stream import Broadcast
 from llep_server.through_ray import sending
+from llep_server.tracing import from_env
 
 
 def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
@@ -33,13 +36,18 @@ def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
     carrier = caller or client
     assert carrier is not None
     scheduler = Scheduler(carrier)
+    tracing = from_env(os.environ)
     broadcast, simulator, operations = Broadcast(scheduler), Simulator(scheduler), Operations(scheduler)
     exposition = Exposition(scheduler)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with client or nullcontext(), sending(exposition, carrier) if config.ray_metrics else nullcontext():
+            following = asyncio.create_task(tracing.follow(scheduler)) if tracing else None
             yield
+            if tracing and following:
+                following.cancel()
+                await asyncio.to_thread(tracing.close)
             for part in (broadcast, simulator, operations):
                 await part.close()
 
@@ -68,5 +76,5 @@ def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
     # The last one added sees the request first.
     app.add_middleware(BoundedBody)
     app.add_middleware(Gate, config=config, keys=keys)
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, tracing=tracing)
     return app

@@ -17,8 +17,9 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8088
 SERVER_PREFIX = "LLEP_SERVER_"
 SERVER_VARIABLES = tuple(
-    SERVER_PREFIX + name for name in ("HOST", "PORT", "KEYS_FILE", "STATE_DIR", "INSECURE", "RAY_METRICS")
+    SERVER_PREFIX + name for name in ("HOST", "PORT", "KEYS_FILE", "STATE_DIR", "INSECURE", "LOG", "RAY_METRICS")
 )
+LOG_FORMATS = ("text", "json")
 TRUE_WORDS = ("1", "true", "yes", "on")
 FALSE_WORDS = ("", "0", "false", "no", "off")
 
@@ -35,12 +36,17 @@ class ServerConfig:
     ray_namespace: str = DEFAULT_NAMESPACE
     insecure: bool = False  # listen beyond loopback without keys
     ray_metrics: bool = False  # show metrics through Ray's own agents too, as ray_llep_...
+    log_format: str = "text"  # json: an object per line
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UnsupportedConfiguration(
                 f"port {self.port} is not in 0..65535 (0 takes a free one): set --port or LLEP_SERVER_PORT",
                 param="port",
+            )
+        if self.log_format not in LOG_FORMATS:
+            raise UnsupportedConfiguration(
+                f"LLEP_SERVER_LOG={self.log_format!r} is unknown: give {' or '.join(LOG_FORMATS)}", param="log"
             )
         if self.keys_file is None and not self.insecure and not is_loopback(self.host):
             raise UnsupportedConfiguration(
@@ -68,6 +74,7 @@ class ServerConfig:
             state_dir=Path(state_dir).expanduser(),
             ray_address=environ.get("LLEP_RAY_ADDRESS") or DEFAULT_ADDRESS,
             ray_namespace=environ.get("LLEP_RAY_NAMESPACE") or DEFAULT_NAMESPACE,
+            log_format=environ.get("LLEP_SERVER_LOG") or "text",
             insecure=_parse_switch("LLEP_SERVER_INSECURE", environ.get("LLEP_SERVER_INSECURE", "")),
             ray_metrics=_parse_switch("LLEP_SERVER_RAY_METRICS", environ.get("LLEP_SERVER_RAY_METRICS", "")),
         )

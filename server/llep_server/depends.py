@@ -41,6 +41,11 @@ def author(request: Request) -> str:
     return author_of(request.scope)
 
 
+def note(request: Request, **fields: str | int) -> None:
+    """Say in the request's log line and span what it was about."""
+    request.scope["state"].setdefault("log", {}).update(fields)
+
+
 async def engine_or_only(
     scheduler: Annotated[Scheduler, Depends(_scheduler)],
     engine: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import time
 import uuid
@@ -21,10 +22,14 @@ from llep_server.errors import (
     BodyTooSlow,
     Forbidden,
     ForeignHost,
+    ForeignOrigin,
+    TooManyFailures,
     Unauthenticated,
     respond,
 )
+from llep_server.failures import Failures
 from llep_server.keys import ANONYMOUS, KeyRing, Principal, Scope
+from llep_server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +42,24 @@ OPEN_PREFIX = "/static/"  # the page's own files
 READING_METHODS = frozenset({"GET", "HEAD"})
 # POST because they take a body or much time: they change nothing, scope read is enough.
 READING_PATHS = frozenset({"/v1/plans/simulate", "/v1/placement/suggest"})
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 class RequestContext:
     """Gives each request an id (the client's own, if it is decent), answers with it, and logs changes and failures."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, tracing: Tracing | None) -> None:
         self.app = app
+        self.tracing = tracing
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -61,8 +76,8 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID_HEADER] = request_id
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers.setdefault("Cache-Control", "no-store")
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         try:
@@ -70,11 +85,26 @@ class RequestContext:
         finally:
             took_ms = (time.perf_counter() - started) * 1000
             is_news = status >= 400 or scope["method"] not in READING_METHODS
-            logger.log(
-                logging.INFO if is_news else logging.DEBUG,
-                "%s %s %d %.1f ms author=%s request_id=%s",
-                *(scope["method"], quote(scope["path"]), status, took_ms, author_of(scope), request_id),
-            )
+            level = logging.INFO if is_news else logging.DEBUG
+            if logger.isEnabledFor(level):
+                _log_request(level, scope, status, took_ms)
+            if self.tracing is not None and scope["method"] not in READING_METHODS:
+                self.tracing.request(scope, status, took_ms / 1000, author_of(scope))
+
+
+def _log_request(level: int, scope: AsgiScope, status: int, took_ms: float) -> None:
+    state = scope["state"]
+    path, author = quote(scope["path"]), author_of(scope)
+    logger.log(
+        level,
+        "%s %s %d %.1f ms author=%s request_id=%s",
+        *(scope["method"], path, status, took_ms, author, state["request_id"]),
+        extra={
+            **{"request_id": state["request_id"], "author": author, "method": scope["method"], "path": path},
+            **{"status": status, "took_ms": round(took_ms, 1)},
+            **state.get("log", {}),
+        },
+    )
 
 
 class Gate:
@@ -84,6 +114,7 @@ class Gate:
         self.app = app
         self.config = config
         self.keys = keys
+        self.failures = Failures()
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -91,7 +122,9 @@ class Gate:
         try:
             principal = self._admit(scope)
         except LlepError as error:
-            return await respond(scope, error)(scope, receive, send)
+            wait_s = self.failures.wait_s(_client(scope), None) if isinstance(error, TooManyFailures) else 0.0
+            headers = {"Retry-After": str(math.ceil(wait_s))} if wait_s else None
+            return await respond(scope, error, headers)(scope, receive, send)
         scope["state"]["principal"] = principal
         await self.app(scope, receive, send)
 
@@ -99,12 +132,16 @@ class Gate:
         headers = Headers(scope=scope)
         if self.config.is_open_on_loopback:
             _check_host(headers.get("host", ""))
+        if scope["method"] not in READING_METHODS:
+            _check_origin(headers)
         if self.keys is None:
             return ANONYMOUS
         scheme, _, key = headers.get("authorization", "").partition(" ")
         principal = self.keys.find(key.strip()) if scheme.lower() == "bearer" else None
         if scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_PREFIX):
             return principal
+        if scheme:
+            self._count(_client(scope), principal)
         if principal is None:
             what = "the key is not known" if scheme else "a key is needed"
             raise Unauthenticated(
@@ -115,6 +152,18 @@ class Gate:
         if not principal.may(needed):
             raise Forbidden(f"the key of {principal.name!r} has scope read, this needs scope admin: use another key")
         return principal
+
+    def _count(self, client: str, principal: Principal | None) -> None:
+        """Raises TooManyFailures, also for a good key that nobody has used from there: else guessing would pay."""
+        wait_s = self.failures.wait_s(client, principal.name if principal else None)
+        if wait_s:
+            raise TooManyFailures(
+                f"too many wrong keys came from {client}: try again in {math.ceil(wait_s)} s", param="Authorization"
+            )
+        if principal is None:
+            self.failures.failed(client)
+        else:
+            self.failures.succeeded(client, principal.name)
 
 
 class BoundedBody:
@@ -142,8 +191,23 @@ class BoundedBody:
 def author_of(scope: AsgiScope) -> str:
     """Who is asking and from where, for the audit trail: 'alice@10.0.0.7'."""
     principal = scope.get("state", {}).get("principal")
+    return f"{principal.name if principal else 'anonymous'}@{_client(scope)}"
+
+
+def _client(scope: AsgiScope) -> str:
     client = scope.get("client")
-    return f"{principal.name if principal else 'anonymous'}@{client[0] if client else 'unknown'}"
+    return client[0] if client else "unknown"
+
+
+def _check_origin(headers: Headers) -> None:
+    """A browser says from which page a request comes: not from another site's, for it can reach loopback too."""
+    origin = headers.get("origin")
+    if origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower():
+        raise ForeignOrigin(
+            f"Origin {origin[:100]!r} is another site's page: changes are taken from the control plane's own page, "
+            "or from programs, which send no Origin",
+            param="Origin",
+        )
 
 
 def _check_host(host: str) -> None:

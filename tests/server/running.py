@@ -18,9 +18,9 @@ from reporting import Engine
 from llep.errors import SchedulerUnreachable
 from llep.messages import decode_directive, encode
 from llep.scheduler.actor import Scheduler
-from llep_server.__main__ import UVICORN_OPTIONS
 from llep_server.app import create_app
 from llep_server.config import ServerConfig
+from llep_server.connections import UVICORN_OPTIONS
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from llep_server.__main__ import UVICORN_OPTIONS
+from llep_server.connections import UVICORN_OPTIONS
 from llep_server.middleware import BoundedBody
 
 HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\n"

@@ -30,6 +30,7 @@ ALLOWED = {
     "llep/scheduler": "numpy ray msgspec zmq",
     "llep/cli": "numpy typer rich httpx yaml packaging",
     "llep/cli/calibrate.py": "numpy typer rich torch",
+    "server/llep_server/tracing.py": "opentelemetry starlette llep_server",
     "server/llep_server/tables.py": "pyarrow fastapi llep_server",
     "server/llep_server": "numpy pydantic fastapi starlette uvicorn prometheus_client llep_server",
 }

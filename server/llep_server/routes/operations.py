@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 
-from llep_server.depends import AuthorDep
+from llep_server.depends import AuthorDep, note
 from llep_server.errors import describe
 from llep_server.operations import Operations
 from llep_server.schemas import Operation, Page, TuningOrder
@@ -24,6 +24,7 @@ async def start_tuning(request: Request, author: AuthorDep, response: Response, 
     operations: Operations = request.app.state.operations
     operation = await operations.start_tuning(body, author)
     response.headers["Location"] = f"/v1/operations/{operation.id}"
+    note(request, operation=operation.id)
     return operation
 
 

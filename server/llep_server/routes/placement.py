@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from llep.views import PlacementSuggestion, PlacementView
-from llep_server.depends import AuthorDep, EngineDep, EngineQuery, SchedulerDep, only_engine
+from llep_server.depends import AuthorDep, EngineDep, EngineQuery, SchedulerDep, note, only_engine
 from llep_server.errors import describe
 from llep_server.schemas import Page, PlacementChange, PlacementRollback
 
@@ -25,19 +25,28 @@ async def suggest_placement(scheduler: SchedulerDep, engine: EngineDep) -> Place
 
 
 @router.post("/placement/apply", responses=describe(400, 404, 408, 413, 415))
-async def apply_placement(scheduler: SchedulerDep, author: AuthorDep, body: PlacementChange) -> PlacementView:
+async def apply_placement(
+    request: Request, scheduler: SchedulerDep, author: AuthorDep, body: PlacementChange
+) -> PlacementView:
     """Order resident replicas: those given, or else the suggestion's. Ranks fill them between steps, then use them."""
-    return await scheduler.placement_apply(
-        body.engine or await only_engine(scheduler),
+    engine = body.engine or await only_engine(scheduler)
+    view = await scheduler.placement_apply(
+        engine,
         author=author,
         reason=body.reason,
         replicas=body.replicas,
         dry_run=body.dry_run,
     )
+    note(request, engine=engine, revision=view.number)
+    return view
 
 
 @router.post("/placement/rollback", responses=describe(400, 404, 408, 413, 415))
-async def rollback_placement(scheduler: SchedulerDep, author: AuthorDep, body: PlacementRollback) -> PlacementView:
+async def rollback_placement(
+    request: Request, scheduler: SchedulerDep, author: AuthorDep, body: PlacementRollback
+) -> PlacementView:
     """Go back to the placement before the present one."""
     engine = body.engine or await only_engine(scheduler)
-    return await scheduler.placement_rollback(engine, author=author, reason=body.reason)
+    view = await scheduler.placement_rollback(engine, author=author, reason=body.reason)
+    note(request, engine=engine, revision=view.number)
+    return view

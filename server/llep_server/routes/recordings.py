@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Path, Request, Response
 
 from llep.views import RecordingView
-from llep_server.depends import AuthorDep, SchedulerDep, only_engine
+from llep_server.depends import AuthorDep, SchedulerDep, note, only_engine
 from llep_server.errors import describe
 from llep_server.recordings import Downloads
 from llep_server.schemas import Page, RecordingOrder, RecordingStop
@@ -31,6 +31,7 @@ async def start_recording(
         max_bytes=body.max_bytes,
     )
     response.headers["Location"] = f"/v1/recordings/{recording.id}"
+    note(request, engine=recording.engine)
     return recording
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Query, Response
+from fastapi import APIRouter, Body, Query, Request, Response
 
 from llep.config import Settings
 from llep.views import RevisionView, SettingsChange, SettingsView
@@ -17,6 +17,7 @@ from llep_server.depends import (
     LimitQuery,
     ReasonQuery,
     SchedulerDep,
+    note,
     page_of,
     parse_if_match,
 )
@@ -50,7 +51,12 @@ async def list_revisions(
 
 @router.post("/settings/rollback", responses=describe(400, 404, 408, 412, 413, 415))
 async def rollback(
-    scheduler: SchedulerDep, author: AuthorDep, response: Response, body: Rollback, if_match: IfMatchHeader = None
+    request: Request,
+    scheduler: SchedulerDep,
+    author: AuthorDep,
+    response: Response,
+    body: Rollback,
+    if_match: IfMatchHeader = None,
 ) -> SettingsChange:
     """Put the settings of all engines back to what they were under a revision; that makes a new revision."""
     change = await scheduler.rollback(
@@ -60,8 +66,7 @@ async def rollback(
         if_revision=parse_if_match(if_match),
         dry_run=body.dry_run,
     )
-    response.headers["ETag"] = f'"{change.revision}"'
-    return change
+    return _answer(request, response, change)
 
 
 @router.patch(
@@ -70,6 +75,7 @@ async def rollback(
     openapi_extra={"requestBody": {"content": {"application/merge-patch+json": {"schema": settings_patch_schema()}}}},
 )
 async def patch_settings(
+    request: Request,
     scheduler: SchedulerDep,
     author: AuthorDep,
     response: Response,
@@ -95,12 +101,13 @@ async def patch_settings(
         if_revision=parse_if_match(if_match),
         dry_run=dry_run,
     )
-    response.headers["ETag"] = f'"{change.revision}"'
-    return change
+    return _answer(request, response, change)
 
 
 @router.put("/mode", responses=describe(400, 404, 408, 413, 415))
 async def put_mode(
+    request: Request,
+    response: Response,
     scheduler: SchedulerDep,
     author: AuthorDep,
     change: ModeChange,
@@ -108,4 +115,11 @@ async def put_mode(
     reason: ReasonQuery = "",
 ) -> SettingsChange:
     """Switch the mode; with ttl_s it goes back by itself."""
-    return await scheduler.set_mode(change.mode, ttl_s=change.ttl_s, author=author, reason=reason, engines=engines)
+    made = await scheduler.set_mode(change.mode, ttl_s=change.ttl_s, author=author, reason=reason, engines=engines)
+    return _answer(request, response, made)
+
+
+def _answer(request: Request, response: Response, change: SettingsChange) -> SettingsChange:
+    response.headers["ETag"] = f'"{change.revision}"'
+    note(request, revision=change.revision, engine=",".join(change.engines or ["all"]))
+    return change
