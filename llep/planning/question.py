@@ -59,6 +59,8 @@ def parse_question(values: Any) -> Question:
     counts_RE = _counts(given.get("tokens"))
     try:
         return Question(counts_RE, _placement(given, *counts_RE.shape), _options(given, len(counts_RE)))
+    except SettingsError:
+        raise
     except ValueError as error:
         raise SettingsError(str(error)) from None
 

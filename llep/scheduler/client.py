@@ -41,7 +41,7 @@ CHANGES = frozenset(
     }
 )
 SLOW_TIMEOUT_S = 15.0
-SLOW = frozenset({"placement_suggest"})  # plans all layers
+SLOW = frozenset({"placement_suggest", "recording_read"})  # plans all layers; a megabyte at a time
 SET_RAY_METRICS = "set_ray_metrics"  # a call that the bridge answers itself
 # Not tried again unasked when the actor dies under them: a change may have been stored, and who waits for a directive
 # wants to know that the scheduler has lost its memory.

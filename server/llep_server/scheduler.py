@@ -138,7 +138,7 @@ class Scheduler:
         return await self._ask(PlacementSuggestion, "placement_suggest", engine=engine)
 
     async def placement_apply(
-        self, engine: str, *, author: str, reason: str, replicas: Sequence[tuple[int, int, int]] | None, dry_run: bool
+        self, engine: str, *, author: str, reason: str, replicas: list[dict[str, int]] | None, dry_run: bool
     ) -> PlacementView:
         return await self._ask(
             PlacementView,

@@ -43,11 +43,17 @@ class Rollback(Body):
     dry_run: DryRunField = False
 
 
+class Copy(Body):
+    """One resident copy of an expert."""
+
+    layer: Place = Field(description="the model's number of the layer")
+    expert: Place
+    rank: Place
+
+
 class PlacementChange(Body):
     engine: EngineField = None
-    replicas: list[tuple[Place, Place, Place]] | None = Field(
-        None, max_length=100_000, description="[layer number, expert, rank] of each copy; null: the suggestion's"
-    )
+    replicas: list[Copy] | None = Field(None, max_length=10_000, description="null: the suggestion's")
     reason: ReasonField = ""
     dry_run: DryRunField = False
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from reporting import Engine
 
 from llep.errors import SchedulerUnreachable
@@ -48,6 +49,7 @@ class Running:
     caller: InProcess
     loop: asyncio.AbstractEventLoop
     http: httpx.Client
+    app: FastAPI
 
     def await_(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run in the server's event loop, wait here."""
@@ -88,7 +90,7 @@ def start(config: ServerConfig, state_dir: Path) -> Iterator[Running]:
         port = server.servers[0].sockets[0].getsockname()[1]
         url = f"http://127.0.0.1:{port}"
         with httpx.Client(base_url=url, timeout=20, trust_env=False) as http:
-            yield Running(url, caller, server.loop, http)
+            yield Running(url, caller, server.loop, http, app)
     finally:
         server.should_exit = True
         thread.join(timeout=20)

@@ -55,6 +55,7 @@ async def health(request: Request, scheduler: SchedulerDep) -> Health:
 
 @router.get("/version")
 async def version() -> Version:
+    """Versions of llep and of Python here."""
     return Version(version=__version__, python=platform.python_version())
 
 

@@ -34,7 +34,7 @@ async def apply_placement(
         engine,
         author=author,
         reason=body.reason,
-        replicas=body.replicas,
+        replicas=None if body.replicas is None else [copy.model_dump() for copy in body.replicas],
         dry_run=body.dry_run,
     )
     note(request, engine=engine, revision=view.number)
