@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Header, Query, Request
+from fastapi.dependencies.models import Dependant
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 
@@ -30,10 +31,16 @@ def _scheduler(request: Request) -> Scheduler:
 
 def refuse_unknown_query(request: Request) -> None:
     """A mistyped ?dry_run must not change anything."""
-    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    known = _query_names(request.scope["route"].dependant)
     for name in request.query_params:
         if name not in known:
             raise InvalidRequest(unknown_name("query parameter", name, known), param=name)
+
+
+def _query_names(dependant: Dependant) -> list[str]:
+    """Of a route and of all that it depends on."""
+    own = [field.alias for field in dependant.query_params]
+    return own + [name for other in dependant.dependencies for name in _query_names(other)]
 
 
 def author(request: Request) -> str:
