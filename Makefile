@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TOOLS  := $(VENV)/tools
 DEBS   := prometheus prometheus-alertmanager
+BROWSER := chromium fonts-dejavu-core
+CHROMIUMS := chromium chromium-browser google-chrome google-chrome-stable
 NPMS   := @grafana/schema@13.2.3 typescript@7.0.2
 
 # make serve: another checkpoint or hub name with MODEL=..., other vLLM flags with FLAGS=...; TRAIN=1 first trains a
@@ -25,7 +27,7 @@ serve: $(READY) $(if $(filter $(TINY) $(NATURAL),$(MODEL)),$(MODEL)/config.json)
 	@exec $(BIN)/llep serve $(MODEL) $(FLAGS)
 
 test: check tools
-	$(BIN)/python -m pytest tests/dist tests/gpu tests/scheduler tests/server tests/ops tests/vllm tests/e2e
+	$(BIN)/python -m pytest tests/dist tests/gpu tests/scheduler tests/server tests/page tests/ops tests/vllm tests/e2e
 
 check: lint types unit
 
@@ -73,8 +75,8 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -c 'from llep.planning import warm_up; warm_up()'
 	touch $@
 
-# Prometheus and its tools, and Grafana's types, unpacked beside the packages: nothing is installed on the machine.
-# Tests skip without them.
+# Prometheus and its tools, and Grafana's types, unpacked beside the packages; and a Chromium, which root gets from
+# Debian: nothing else is installed on the machine. Tests skip without them.
 tools: $(READY)
 	@test -x $(TOOLS)/usr/bin/promtool || { mkdir -p $(TOOLS) && cd $(TOOLS) && \
 	  { apt-get -qq download $(DEBS) 2>/dev/null || { apt-get -qq update && apt-get -qq download $(DEBS); }; } && \
@@ -83,6 +85,11 @@ tools: $(READY)
 	@test -x $(TOOLS)/grafana/node_modules/.bin/tsc \
 	  || npm install --silent --no-audit --no-fund --no-save --prefix $(TOOLS)/grafana $(NPMS) \
 	  || echo "No npm, or no packages $(NPMS): tests that need them are skipped."
+	@for one in $(CHROMIUMS); do command -v $$one > /dev/null && exit; done; \
+	  test "$$(id -u)" = 0 && export DEBIAN_FRONTEND=noninteractive && \
+	  { apt-get -qq install -y --no-install-recommends $(BROWSER) > /dev/null 2>&1 || \
+	  { apt-get -qq update && apt-get -qq install -y --no-install-recommends $(BROWSER) > /dev/null; }; } || \
+	  echo "No Chromium ($(CHROMIUMS)), and not root on Debian to install one: tests of the page are skipped."
 
 # A new requirements.lock from the ranges in pyproject.toml.
 lock:

@@ -35,7 +35,6 @@ def value_of(view: dict[str, Any], key: str) -> Any:
 def test_probes_and_version(unchanged: Running) -> None:
     assert unchanged.http.get("/livez").json() == {"status": "ok"}
     assert unchanged.http.get("/version").json()["version"] == __version__
-    assert unchanged.http.get("/", follow_redirects=False).headers["location"] == "/docs"
 
 
 def test_docs_need_nothing_from_elsewhere_and_show_every_route(unchanged: Running) -> None:

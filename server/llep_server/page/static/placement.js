@@ -1,0 +1,133 @@
+// Resident replicas: what holds, what the scheduler suggests and what that is worth, apply and roll back.
+
+import { call, get } from "./api.js";
+import { Bars } from "./charts.js";
+import { ask, by, h, outcome, Table, text, tiles } from "./dom.js";
+import * as format from "./format.js";
+
+export function placementView(app) {
+  const slots = new Bars(by("slots"), "Replica slots of each rank");
+  const replicas = replicasTable("replicas", "No resident replica: every expert stands on its home rank alone.");
+  let suggestion = null;
+
+  async function load() {
+    const placement = (await get("v1/placement", { engine: app.engine })).data.find((one) => one.engine === app.engine);
+    if (!placement) return;
+    tiles(by("placement-tiles"), figures(placement));
+    slots.update({
+      fills: [{ name: "used", values: placement.used_slots, colour: "used" }],
+      frames: [{ name: "room", values: placement.used_slots.map(() => placement.slots_per_rank), colour: "muted" }],
+      problem: placement.slots_per_rank ? null : "No room for resident replicas: start the engine with replica_slots_per_rank.",
+    });
+    replicas.update(placement.replicas);
+    text(by("replicas-count"), placement.replicas.length ? format.count(placement.replicas.length) : "");
+    by("placement-rollback").disabled = placement.number === 0;
+  }
+
+  async function suggest() {
+    await guarded(async () => {
+      suggestion = await call("POST", "v1/placement/suggest", { query: { engine: app.engine } });
+      by("suggestion").replaceChildren(suggestionCard(suggestion));
+      by("placement-apply").disabled = !suggestion.added.length && !suggestion.dropped.length;
+      by("placement-outcome").replaceChildren();
+    });
+  }
+
+  async function apply() {
+    const { added, dropped, replicas: wanted, is_worth_it: isWorthIt, reason } = suggestion;
+    const words = h("p", {}, `${format.plural(added.length, "copy").replace("copys", "copies")} more, ${dropped.length} fewer; ${format.bytes(suggestion.move_bytes)} move between steps.`);
+    const doubt = isWorthIt ? null : h("p", { class: "warn-text" }, `The scheduler would not do it: ${reason}`);
+    if (!(await ask("Apply this placement?", [words, doubt].filter(Boolean), "Apply"))) return;
+    await guarded(async () => {
+      const body = { engine: app.engine, reason: by("placement-reason").value, replicas: wanted.map(({ layer, expert, rank }) => [layer, expert, rank]) };
+      const placement = await call("POST", "v1/placement/apply", { body });
+      outcome(by("placement-outcome"), "good", `Ordered with revision ${placement.number}: copies are filled between steps, then switched on at one step.`);
+      clear();
+      app.refresh("placement", "engines");
+    });
+  }
+
+  async function rollback() {
+    if (!(await ask("Roll the placement back?", h("p", {}, "The placement before this one is ordered again; copies that it does not have are dropped at once."), "Roll back"))) return;
+    await guarded(async () => {
+      const placement = await call("POST", "v1/placement/rollback", { body: { engine: app.engine, reason: by("placement-reason").value } });
+      outcome(by("placement-outcome"), "good", placement.replicas.length ? `Went back with revision ${placement.number}.` : `Went back with revision ${placement.number}: no resident replicas.`);
+      clear();
+      app.refresh("placement", "engines");
+    });
+  }
+
+  async function guarded(run) {
+    by("suggest").disabled = true;
+    try {
+      await run();
+    } catch (error) {
+      if (error.status === 401 || error.status === 403) app.failed(error);
+      outcome(by("placement-outcome"), "bad", error.message);
+    } finally {
+      by("suggest").disabled = false;
+    }
+  }
+
+  function clear() {
+    suggestion = null;
+    by("placement-apply").disabled = true;
+    by("placement-reason").value = "";
+    by("suggestion").replaceChildren();
+  }
+
+  by("suggest").addEventListener("click", suggest);
+  by("placement-apply").addEventListener("click", apply);
+  by("placement-rollback").addEventListener("click", rollback);
+  return {
+    tasks: [{ name: "placement", every: 3, run: load, place: "replicas" }],
+    onSelect: () => {
+      clear();
+      by("placement-outcome").replaceChildren();
+    },
+  };
+}
+
+function figures(placement) {
+  const total = placement.replicas.length;
+  const state = { none: "home ranks only", ordered: "ordered", filling: `${placement.filled} of ${total} copies filled`, live: "live" }[placement.state] ?? placement.state;
+  const used = placement.used_slots.reduce((sum, value) => sum + value, 0);
+  return [
+    { name: "Placement", value: state, note: placement.number ? `ordered with revision ${placement.number}, live ${placement.live_number || "none"}` : "" },
+    { name: "Setting replicas", value: placement.replicas_setting, note: { off: "never suggested by itself", suggest: "suggested, not applied", apply: "applied when worth it" }[placement.replicas_setting] },
+    { name: "Slots used", value: `${used} of ${placement.slots_per_rank * placement.used_slots.length}`, note: `${format.bytes(placement.bytes_per_slot)} each` },
+  ];
+}
+
+function suggestionCard(suggestion) {
+  if (!suggestion.added.length && !suggestion.dropped.length) return h("div", {}, h("h3", {}, "No change"), h("p", {}, suggestion.reason));
+  const rows = [
+    ["Imbalance, forecast", `${format.ratio(suggestion.imbalance_ratio_before)} → ${format.ratio(suggestion.imbalance_ratio_after)}`],
+    ["Moves", `${format.bytes(suggestion.move_bytes)} in ${format.seconds(suggestion.move_s)}`],
+    ["Saves", `${format.seconds(suggestion.saving_s)} over ${format.seconds(suggestion.horizon_s)}`],
+    ["Copies", `${suggestion.added.length} more, ${suggestion.dropped.length} fewer, ${suggestion.replicas.length} in all`],
+  ];
+  const list = (name, replicas) => replicas.length > 0 && h("details", {}, h("summary", {}, `${name} (${replicas.length})`), h("ul", { class: "plain few" }, ...replicas.map(({ layer, expert, rank }) => h("li", {}, `layer ${layer}, expert ${expert} on rank ${rank}`))));
+  return h(
+    "div",
+    { class: "advice", "data-tone": suggestion.is_worth_it ? "good" : "warn" },
+    h("h3", {}, suggestion.is_worth_it ? "Worth it" : "Not worth it"),
+    h("p", {}, suggestion.reason),
+    h("dl", { class: "numbers" }, ...rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+    list("Added", suggestion.added),
+    list("Dropped", suggestion.dropped),
+  );
+}
+
+function replicasTable(place, none) {
+  return new Table(
+    by(place),
+    [
+      { head: "Layer", class: "number", cell: (replica) => String(replica.layer) },
+      { head: "Expert", class: "number", cell: (replica) => String(replica.expert) },
+      { head: "On rank", class: "number", cell: (replica) => String(replica.rank) },
+      { head: "Share of its layer", class: "number", cell: (replica) => format.percent(replica.share) },
+    ],
+    { key: (replica) => `${replica.layer}/${replica.expert}/${replica.rank}`, none, caption: "Resident replicas" },
+  );
+}

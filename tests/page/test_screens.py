@@ -1,0 +1,131 @@
+"""What every view shows: at a desk and on a phone, light and dark, with and without engines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+from playwright.sync_api import Page, expect
+from reporting import Engine
+from running import Running
+
+from .conftest import Traffic, Visit
+
+VIEWS = {
+    "live": "Hot experts",
+    "decisions": "Sampled plans",
+    "placement": "Resident replicas",
+    "settings": "History",
+    "recordings": "Record counts",
+    "events": "Audit trail",
+}
+SCREENS = {
+    "desk": {"viewport": {"width": 1440, "height": 900}, "color_scheme": "light"},
+    "phone": {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark", "has_touch": True},
+}
+
+
+def width_too_much(page: Page) -> int:
+    """Pixels by which the page is wider than its window."""
+    return int(page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_every_view_fits_its_screen(busy: Running, visit: Visit, screen: str) -> None:
+    page = visit(busy.url, **SCREENS[screen])
+    for view, heading in VIEWS.items():
+        page.get_by_role("link", name=view.capitalize(), exact=True).click()
+        expect(page.get_by_role("heading", name=heading, exact=True)).to_be_visible()
+        expect(page.locator(f'nav [href^="#/{view}"]')).to_have_attribute("aria-current", "page")
+        expect(page.locator(".problem:visible")).to_have_count(0)
+        expect(page.locator("#link-text")).to_have_text("live")
+        assert width_too_much(page) <= 0, view
+
+
+def test_live_shows_what_the_engines_report(busy: Running, visit: Visit) -> None:
+    page = visit(f"{busy.url}/#/live?engine=tiny")
+    expect(page.locator("#engines tbody tr")).to_have_count(2)
+    expect(page.locator("#engines tr[data-selected]")).to_contain_text("org/tiny-moe")
+    expect(page.locator("#engines-count")).to_have_text("2 of 2 live")
+    imbalance = page.locator("#tiles .tile").filter(has_text="Imbalance").locator("dd").first
+    expect(imbalance).to_have_text(re.compile(r"^1\.\d\d → 1\.\d\d$"))
+    before, after = (float(part) for part in imbalance.inner_text().split(" → "))
+    assert before > 1.3 > after
+    expect(page.locator("#reasons [data-reason=lend]")).to_contain_text("weights were lent")
+    expect(page.locator("#imbalance canvas")).to_have_attribute("aria-label", re.compile(r"before, 1\.\d\d after"))
+    expect(page.locator("#ranks canvas")).to_have_attribute("aria-label", re.compile("2 ranks"))
+    expect(page.locator("#memory canvas")).to_have_attribute("aria-label", re.compile("2 ranks"))
+    expect(page.locator("#matrix canvas")).to_have_attribute("aria-label", re.compile("3 layers by 2 ranks"))
+    expect(page.locator("#hot tbody tr").first).to_contain_text("×")
+    page.get_by_text("by expert", exact=True).click()
+    expect(page.locator("#matrix canvas")).to_have_attribute("aria-label", re.compile("3 layers by 16 experts"))
+    expect(page).to_have_title(re.compile(r"^1\.\d\d · tiny · llep$"))
+
+
+def test_another_engine_is_chosen_in_the_table_and_kept_in_the_address(busy: Running, visit: Visit) -> None:
+    page = visit(f"{busy.url}/#/live?engine=tiny")
+    page.get_by_role("button", name="large", exact=True).click()
+    expect(page.locator("#engine-name")).to_have_text("large")
+    expect(page.locator("#matrix canvas")).to_have_attribute("aria-label", re.compile("12 layers by 4 ranks"))
+    assert page.url.endswith("#/live?engine=large")
+    page.reload()
+    expect(page.locator("#engine-name")).to_have_text("large")
+    page.go_back()
+    expect(page.locator("#engine-name")).to_have_text("tiny")
+
+
+def test_the_heatmap_saves_as_csv(busy: Running, visit: Visit) -> None:
+    page = visit(f"{busy.url}/#/live?engine=tiny")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="CSV").click()
+    assert "layer" in download.value.path().read_text().splitlines()[0]
+
+
+def test_without_an_engine_it_says_how_to_start_one_and_notices_it(
+    running: Running, visit: Visit, report: Callable[..., Traffic]
+) -> None:
+    page = visit(running.url)
+    expect(page.get_by_role("heading", name="No engine has reported yet")).to_be_visible()
+    expect(page.get_by_text("llep serve MODEL")).to_be_visible()
+    expect(page.locator("#link-text")).to_have_text("no engine")
+    report(running, Engine())
+    expect(page.get_by_role("heading", name="No engine has reported yet")).to_be_hidden()
+    expect(page.locator("#engine-name")).to_have_text("tiny")
+
+
+def test_an_idle_engine_is_no_failure(running: Running, visit: Visit) -> None:
+    assert running.report(Engine()) == []
+    page = visit(running.url)
+    expect(page.locator("#tiles")).to_contain_text("idle")
+    expect(page.locator("#imbalance")).to_contain_text("No token in the last 5 min")
+    expect(page.locator("#hot")).to_contain_text("No expert stands out")
+
+
+def test_many_engines_can_be_filtered(running: Running, visit: Visit) -> None:
+    for number in range(12):
+        assert running.report(Engine(name=f"engine-{number}")) == []
+    page = visit(running.url)
+    expect(page.locator("#engines tbody tr")).to_have_count(12)
+    page.get_by_label("Filter engines").fill("engine-7")
+    expect(page.locator("#engines tbody tr")).to_have_count(1)
+
+
+def test_old_figures_are_called_old(running: Running, visit: Visit, report: Callable[..., Traffic]) -> None:
+    traffic = report(running, Engine(start={"report_interval_s": 0.1}))
+    page = visit(running.url, refusals=True)
+    expect(page.locator("#tiles")).to_contain_text("→")
+    traffic.stop()
+    expect(page.get_by_role("alert")).to_contain_text("tiny stopped reporting")
+    expect(page.locator("#link-text")).to_contain_text("stale, last seen")
+    expect(page.locator("html")).to_have_attribute("data-old", "engine")
+    traffic = report(running, *traffic.engines)
+    expect(page.locator(".banner")).to_have_count(0)
+
+    running.caller.is_up = False
+    expect(page.get_by_role("alert")).to_contain_text("The scheduler is away.")
+    expect(page.get_by_role("alert")).to_contain_text("start one with 'llep serve'")
+    expect(page.locator("html")).to_have_attribute("data-old", "all")
+    running.caller.is_up = True
+    expect(page.locator(".banner")).to_have_count(0)
+    expect(page.locator("html")).to_have_attribute("data-old", "nothing")
