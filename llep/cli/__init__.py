@@ -13,9 +13,9 @@ from llep.errors import LlepError, SchedulerUnreachable, SettingsError, Unsuppor
 
 # Modules in the order in which `llep --help` lists their commands.
 COMMANDS = (
-    *("serve", "model", "control_plane", "control", "loads", "history", "plan", "simulate", "record", "tune", "report"),
-    *("calibrate", "doctor", "export", "demo", "with_ray"),
-)
+    "serve model control_plane control top loads history plan simulate record tune report "
+    "calibrate doctor export demo with_ray"
+).split()
 
 app = typer.Typer(
     name="llep",
