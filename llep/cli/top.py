@@ -31,6 +31,7 @@ REFRESH_S = 1.0
 KEY_POLL_S = 0.1
 STALE_S = 5.0
 HISTORY_S = 600.0
+LAYERS_WIDTH, HOT_WIDTH = 38, 40
 MOST_ENGINES = 3  # listed above the one that is shown
 KEYS = "q quits   n next engine   p next phase   w window"
 WINDOWS_S = (10.0, 60.0, 600.0)
@@ -84,7 +85,7 @@ def top(
         seen = look(control_plane, choice)  # ends here where there is no control plane
         if once:
             console = Console()
-            console.print(picture(seen, choice, server, console.width, 200))
+            console.print(picture(seen, choice, server, console.width, max(console.height, 24)))
             return
         _watch(control_plane, server, choice, seen, interval_s)
 
@@ -160,16 +161,17 @@ def picture(seen: Seen, choice: Choice, server: str, width: int, height: int) ->
     parts: list[RenderableType] = [_head(seen, choice, server, width)]
     if not seen.engines:
         return Group(*parts, Text("no engine has reported yet", style=DIM))
-    engine = seen.engines[min(choice.engine, len(seen.engines) - 1)]
+    shown_id = seen.loads["engine"] if seen.loads else ""  # a new choice shows with its own numbers
+    engine = next((one for one in seen.engines if one["id"] == shown_id), seen.engines[0])
     left = height - 3 - min(len(seen.engines), MOST_ENGINES) - 1
-    parts += [_engines(seen.engines, engine), _summary(seen)]
+    parts += [_engines(seen.engines, engine), _summary(seen, width)]
     left -= 2
     # Half of what is left for the ranks, the rest for layers and experts side by side.
     ranks = seen.loads["ranks"] if seen.loads else []
     shown = max(min(len(ranks), (left - 2) // 2), 1)
     parts.append(_ranks(ranks, shown, width))
     left -= shown + (1 if len(ranks) > shown else 0) + 1
-    rows = max(left - 3, 1)
+    rows = max(left - 4, 1)
     parts.append(_layers_and_experts(seen, rows, width))
     parts.append(_decisions(seen, width))
     parts.append(Text(KEYS, style=DIM))
@@ -212,7 +214,7 @@ def _engines(engines: list[Row], chosen: Row) -> Table:
     return table
 
 
-def _summary(seen: Seen) -> RenderableType:
+def _summary(seen: Seen, width: int) -> RenderableType:
     loads = seen.loads
     if loads is None:
         return Text("")
@@ -220,17 +222,16 @@ def _summary(seen: Seen) -> RenderableType:
     recent = [point["imbalance_ratio_before"] or 1.0 for point in seen.history[-40:]]
     course = sparkline([round(100 * (ratio - 1)) for ratio in recent], 40)
     rate = loads["tokens"] / loads["window_s"] if loads["window_s"] else 0.0
-    return Group(
-        Text.assemble(
-            "imbalance ",
-            (_number(before), BEFORE),
-            " -> ",
-            (_number(after), AFTER),
-            f"   {rate:,.0f} tokens/s   {loads['lends']:,} lends, {_bytes(loads['lend_bytes'])}   ",
-            (f"{loads['layer_steps']:,} layer-steps", DIM),
-        ),
-        Text.assemble(("10 min ", DIM), (course, BEFORE)),
+    line = Text.assemble(
+        "imbalance ",
+        (_number(before), BEFORE),
+        " -> ",
+        (_number(after), AFTER),
+        f"   {rate:,.0f} tokens/s   {loads['lends']:,} lends, {_bytes(loads['lend_bytes'])}   ",
+        (f"{loads['layer_steps']:,} layer-steps", DIM),
     )
+    line.truncate(width, overflow="ellipsis")
+    return Group(line, Text.assemble(("10 min ", DIM), (course, BEFORE)))
 
 
 def _ranks(ranks: list[Row], shown: int, width: int) -> RenderableType:
@@ -260,15 +261,15 @@ def _ranks(ranks: list[Row], shown: int, width: int) -> RenderableType:
 
 def _layers_and_experts(seen: Seen, rows: int, width: int) -> Table:
     beside = Table(box=None, pad_edge=False, show_header=False, expand=False)
+    beside.add_column(no_wrap=True, width=LAYERS_WIDTH)
     beside.add_column(no_wrap=True)
-    beside.add_column(no_wrap=True)
-    beside.add_row(_layers(seen, rows), _hot(seen, rows) if width >= 70 else Text(""))
+    beside.add_row(_layers(seen, rows), _hot(seen, rows) if width >= LAYERS_WIDTH + HOT_WIDTH else Text(""))
     return beside
 
 
 def _layers(seen: Seen, rows: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style=DIM)
-    for name in ("worst layers", "before", "after", "ranks"):
+    for name in ("worst layer", "before", "after", "ranks"):
         table.add_column(name, justify="right" if name != "ranks" else "left", no_wrap=True)
     if seen.layers is None:
         return table
@@ -279,14 +280,14 @@ def _layers(seen: Seen, rows: int) -> Table:
             str(before["layers"][at]),
             Text(_number(before["imbalance_ratio"][at]), style=BEFORE),
             Text(_number(after["imbalance_ratio"][at]), style=AFTER),
-            sparkline(before["values"][at], 16),
+            sparkline(before["values"][at], 12),
         )
     return table
 
 
 def _hot(seen: Seen, rows: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style=DIM)
-    for name in ("  hot: layer", "expert", "home", "x fair", "for"):
+    for name in (" hot in layer", "expert", "home", "x fair", "for"):
         table.add_column(name, justify="right", no_wrap=True)
     for expert in seen.hot[:rows]:
         table.add_row(

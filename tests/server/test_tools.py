@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
+import os
+import select
+import struct
+import subprocess
+import termios
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Llep
+from conftest import LLEP, Llep
 from reporting import Engine
 from running import Running
 
@@ -110,7 +117,7 @@ def test_loads_by_layer_and_the_hottest_experts(busy: Running, llep: Llep, tmp_p
         assert "wrote" in ask("matrix", "--stage", "after", "--file", str(tmp_path / f"m.{suffix}"))
         assert (tmp_path / f"m.{suffix}").stat().st_size > 50
     assert "must end in" in ask("matrix", "--file", "m.xlsx", expect=USAGE)
-    hot = json.loads(ask("hot", "--limit", "3", "-o", "json"))
+    hot = json.loads(ask("hot", "--limit", "3", "--engine", "tiny", "-o", "json"))
     assert len(hot) == 3 and hot[0]["share"] >= hot[1]["share"] >= hot[2]["share"] > 0
     assert "times fair" in ask("hot")
 
@@ -143,3 +150,47 @@ def test_settings_come_back(busy: Running, llep: Llep) -> None:
     assert held["value"] == 1.7
     assert "no revision 77" in ask("diff", "77", expect=USAGE)
     assert "no revision 77" in ask("rollback", "77", expect=ERROR)
+
+
+def test_top_draws_in_a_small_terminal_and_quits(busy: Running) -> None:
+    master, follower = os.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    before = termios.tcgetattr(follower)
+    process = subprocess.Popen(
+        [LLEP, "top", "--server", busy.url, "--interval", "0.3s"],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env={**os.environ, "TERM": "xterm-256color"},
+        start_new_session=True,
+    )
+
+    def drawn(*texts: bytes) -> None:
+        """Returns when all of these have been drawn; without any, when the process has ended."""
+        seen, deadline_s = b"", time.monotonic() + 60
+        while not all(text in seen for text in texts) if texts else process.poll() is None:
+            assert time.monotonic() < deadline_s, seen
+            if select.select([master], [], [], 0.2)[0]:
+                seen += os.read(master, 65536)
+
+    with process:
+        try:
+            drawn(b"imbalance", b"worst layer", b"hot in layer", b"q quits")
+            os.write(master, b"p")
+            drawn(b"prefill")
+            os.write(master, b"q")
+            drawn()
+        finally:
+            process.kill()
+    assert process.returncode == OK
+    assert termios.tcgetattr(follower) == before  # the terminal is as it was
+
+
+def test_top_once_and_without_a_terminal(busy: Running, llep: Llep) -> None:
+    once = llep("top", "--once", "--server", busy.url)
+    assert once.returncode == OK and len(once.stdout.splitlines()) <= 25
+    assert all(len(line) <= 80 for line in once.stdout.splitlines())
+    assert "tiny" in once.stdout and "imbalance" in once.stdout
+    refused = llep("top", "--server", busy.url)
+    assert refused.returncode == USAGE and "needs a terminal" in refused.stderr
+    assert llep("top", "--once", "--server", "http://127.0.0.1:1").returncode == UNREACHABLE
