@@ -20,7 +20,7 @@ import torch
 
 from bench.record import add_record
 from llep.generate import Workload, generate_steps
-from llep.moe.dispatch import Index, Shares
+from llep.moe.dispatch import Banks, Index, Shares
 from llep.moe.swiglu import SwigluExperts
 from llep.placement import Placement
 from llep.planning import PlanOptions, plan_step, warm_up
@@ -66,11 +66,11 @@ def rank_us(device: Device, experts: SwigluExperts, rows_NH: torch.Tensor, share
     sums_NH = torch.zeros_like(rows_NH)
     index = {
         bank: torch.from_numpy(rows.positions_P % len(rows_NH)).to(device.device)
-        for bank, rows in zip(("home", "lent"), banks, strict=True)
+        for bank, rows in zip(Banks._fields, banks, strict=True)
     }
 
     def work() -> None:
-        for bank, rows in zip(("home", "lent"), banks, strict=True):
+        for bank, rows in zip(Banks._fields, banks, strict=True):
             if len(rows):
                 inputs = rows_NH[index[bank]]
                 gates = inputs.new_ones(len(rows))

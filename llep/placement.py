@@ -90,6 +90,11 @@ class Placement:
         )
 
     @cached_property
+    def without_slots(self) -> Placement:
+        """The same replicas, and nothing can be lent."""
+        return Placement(self.home_rank, (0,) * self.ep_size, self.replicas)
+
+    @cached_property
     def holders(self) -> tuple[tuple[int, ...], ...]:
         """Ranks that have each expert's weights across steps: home first, then replicas by rank."""
         ranks = [[home] for home in self.home_rank]

@@ -17,8 +17,8 @@ HIDDEN, INTERMEDIATE, TOP_K = 32, 48, 2
 LARGE = Workspace(chunk_rows=4096, wire_rows=4096)
 
 
-def all_weights(num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
+def all_weights(num_experts: int, seed: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     gate_up = torch.randn(num_experts, 2 * INTERMEDIATE, HIDDEN, generator=generator) / HIDDEN**0.5
     down = torch.randn(num_experts, HIDDEN, INTERMEDIATE, generator=generator) / INTERMEDIATE**0.5
     return gate_up, down
@@ -35,9 +35,11 @@ def routed_tokens(
     return torch.from_numpy(rng.standard_normal((tokens, HIDDEN), dtype=np.float32)), gates, ids
 
 
-def reference(hidden: torch.Tensor, gates: torch.Tensor, ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+def reference(
+    hidden: torch.Tensor, gates: torch.Tensor, ids: torch.Tensor, num_experts: int, seed: int = 7
+) -> torch.Tensor:
     """What one process that has all experts computes, pair by pair."""
-    gate_up, down = all_weights(num_experts)
+    gate_up, down = all_weights(num_experts, seed)
     output = torch.zeros_like(hidden)
     for k in range(ids.shape[1]):
         for expert in range(num_experts):
@@ -53,11 +55,12 @@ def make_layer_on(
     slots: int,
     workspace: Workspace,
     dtype: torch.dtype = torch.float32,
+    seed: int = 7,
 ) -> LeastLoadedMoE:
     """This rank's end of the layer, on the group's device."""
     num_experts = len(home_rank)
     mine = [expert for expert in range(num_experts) if home_rank[expert] == group.rank]
-    experts = SwigluExperts(*(tensor[mine].to(group.device, dtype) for tensor in all_weights(num_experts)))
+    experts = SwigluExperts(*(tensor[mine].to(group.device, dtype) for tensor in all_weights(num_experts, seed)))
     pool = LendingPool.reserve(experts.weights, slots)
     local_ids = [sum(home_rank[other] == home_rank[expert] for other in range(expert)) for expert in range(num_experts)]
     return LeastLoadedMoE(experts, group, pool, home_rank, local_ids, workspace)

@@ -1,6 +1,7 @@
-"""How the ranks of an EP group run exactly one revision of the settings, and know the same of each step.
+"""How the ranks of an EP group run exactly one revision, and know the same of each step.
 
-Before the first layer of a step every rank says which revision it holds. When all hold the same one, that revision is
+A revision is all that an engine is told: settings, placement, recording. Before the first layer of a step every rank
+says which one it holds. When all hold the same one, that revision is
 live from this step on, on all of them; until then the last live one stays. A rank that has not received a revision
 thus delays the switch, never the batch, and no step runs with two.
 """
@@ -11,18 +12,22 @@ import hashlib
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from llep.config import Settings, is_hot
 from llep.errors import LlepError
-from llep.messages import Directive
+from llep.messages import Directive, PlacementOrder, RecordingOrder
 from llep.planning.policy import Step
 
-HEADER_SIZE = 7
+# What a rank says before a step: places in its header.
+HEADER_SIZE = 9
+STEP, HELD, DIGEST, LIVE, TOKENS, IS_DUMMY, IS_PREFILL, CLOCK_US, WEIGHTS = range(HEADER_SIZE)
 
 
 class RanksDisagree(LlepError):
@@ -35,17 +40,28 @@ class RanksDisagree(LlepError):
 class Revision:
     number: int
     settings: Settings
+    placement: PlacementOrder | None = None
+    recording: RecordingOrder | None = None
 
     @cached_property
     def digest(self) -> int:
-        data = json.dumps(self.settings.dump(), sort_keys=True).encode()
+        told = {
+            "settings": self.settings.dump(),
+            "placement": msgspec.to_builtins(self.placement),
+            "recording": msgspec.to_builtins(self.recording),
+        }
+        data = json.dumps(told, sort_keys=True).encode()
         return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
 class AgreedSettings:
-    """The revision that is live on this rank, and the newest one received. Offered by one thread, agreed by another."""
+    """The revision that is live on this rank, and the newest one received. Offered by one thread, agreed by another.
 
-    def __init__(self, settings: Settings) -> None:
+    check_placement raises LlepError for an order that this engine can't follow: the same on every rank.
+    """
+
+    def __init__(self, settings: Settings, check_placement: Callable[[PlacementOrder], None] | None = None) -> None:
+        self.check_placement = check_placement
         self.live = self.held = Revision(0, settings)
         self.live_since_step = 0
         self.live_since_time_s = time.time()
@@ -59,19 +75,25 @@ class AgreedSettings:
             return
         try:
             settings = Settings.parse({**directive.settings, **_cold_values(self.held.settings)})
+            if directive.placement is not None and self.check_placement is not None:
+                self.check_placement(directive.placement)
         except LlepError as error:
             self.last_error = f"revision {directive.revision}: {error.message}"
             return
         with self._lock:
-            self.held = Revision(directive.revision, settings)
+            self.held = Revision(directive.revision, settings, directive.placement, directive.recording)
             self.last_error = ""
 
-    def header(self, step: int, tokens: int, *, is_dummy: bool, is_prefill: bool) -> npt.NDArray[np.int64]:
-        """What this rank says before a step: [HEADER_SIZE] int64."""
+    def header(
+        self, step: int, tokens: int, *, is_dummy: bool, is_prefill: bool, weights: int = 0
+    ) -> npt.NDArray[np.int64]:
+        """What this rank says before a step: [HEADER_SIZE] int64. weights: how often they were loaded anew."""
         with self._lock:
             said = self._said = self.held
+        clock_us = time.monotonic_ns() // 1000
         return np.array(
-            [step, said.number, said.digest, self.live.number, tokens, is_dummy, is_prefill], dtype=np.int64
+            [step, said.number, said.digest, self.live.number, tokens, is_dummy, is_prefill, clock_us, weights],
+            dtype=np.int64,
         )
 
     def agree(self, headers: npt.NDArray[np.int64]) -> None:
@@ -81,23 +103,23 @@ class AgreedSettings:
         """
         first = headers[0]
         for rank, header in enumerate(headers):
-            if header[0] != first[0] or header[3] != first[3]:
+            if header[STEP] != first[STEP] or header[LIVE] != first[LIVE]:
                 raise RanksDisagree(
-                    f"EP rank {rank} is at step {header[0]} under revision {header[3]}, rank 0 at step {first[0]} "
-                    f"under revision {first[3]}: restart the engine"
+                    f"EP rank {rank} is at step {header[STEP]} under revision {header[LIVE]}, rank 0 at step "
+                    f"{first[STEP]} under revision {first[LIVE]}: restart the engine"
                 )
-        held = headers[:, 1]
+        held = headers[:, HELD]
         if (held != held[0]).any():
             return
-        if (headers[:, 2] != headers[0, 2]).any():
-            rank = int((headers[:, 2] != headers[0, 2]).argmax())
+        if (headers[:, DIGEST] != headers[0, DIGEST]).any():
+            rank = int((headers[:, DIGEST] != headers[0, DIGEST]).argmax())
             raise RanksDisagree(
                 f"EP rank {rank} holds other settings than rank 0 under revision {held[0]}: give all ranks the same "
                 "LLEP_* environment, LLEP_CONFIG file and --additional-config, then restart the engine"
             )
         if self.live.number != held[0]:
             self.live = self._said
-            self.live_since_step = int(first[0])
+            self.live_since_step = int(first[STEP])
             self.live_since_time_s = time.time()
 
 
@@ -106,11 +128,11 @@ def agreed_step(headers: npt.NDArray[np.int64], *, is_replicated: bool) -> tuple
 
     Where tokens are replicated every rank says the same number; else they add up, and dummy ranks bring none.
     """
-    is_dummy = headers[:, 5].astype(bool)
+    is_dummy = headers[:, IS_DUMMY].astype(bool)
     is_real = not is_dummy.all()
-    tokens = headers[:, 4] * (~is_dummy | (not is_real))
+    tokens = headers[:, TOKENS] * (~is_dummy | (not is_real))
     return Step(
-        phase="prefill" if headers[:, 6].any() else "decode",
+        phase="prefill" if headers[:, IS_PREFILL].any() else "decode",
         tokens=int(tokens[0] if is_replicated else tokens.sum()),
     ), bool(is_real)
 

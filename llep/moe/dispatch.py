@@ -12,10 +12,11 @@ Orders: a source sends its pairs by (destination, segment); a rank receives them
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,10 +26,13 @@ from llep.plan import Plan
 
 Index = npt.NDArray[np.int64]
 
+_NONE: Mapping[int, int] = MappingProxyType({})
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Pairs that one rank computes with one bank of weights (its own experts', or its lending pool), expert by expert.
+    """Pairs that one rank computes with one bank of weights (its own experts', its resident replicas or its lending
+    pool), expert by expert.
 
     positions_P: places among the pairs at hand. experts_G, counts_G: rows of the bank, each once and increasing, and
     how many of the pairs belong to each, at least one.
@@ -59,6 +63,7 @@ class Banks(NamedTuple):
     """Rows by the weights that they need."""
 
     home: Rows
+    resident: Rows
     lent: Rows
 
 
@@ -133,16 +138,21 @@ class Shares:
         np.fill_diagonal(rows_RR, 0)
         return int(max(rows_RR.sum(axis=0).max(initial=0), rows_RR.sum(axis=1).max(initial=0)))
 
-    def own(self, rank: int, q: int, local_ids: Sequence[int]) -> Banks:
+    def own(self, rank: int, q: int, local_ids: Sequence[int], resident_rows: Mapping[int, int] = _NONE) -> Banks:
         """What `rank` computes of the pairs of source block q, which it holds."""
         mine = self.segments_of(rank)
         experts = self.plan.segments_S4[mine, 0]
         offsets_E = np.cumsum(self.counts_QE[q]) - self.counts_QE[q]
         starts = offsets_E[experts] + self.starts_SQ[mine, q]
-        return _by_bank(self.plan, rank, local_ids, experts, starts, self.lengths_SQ[mine, q])
+        return _by_bank(self.plan, rank, local_ids, resident_rows, experts, starts, self.lengths_SQ[mine, q])
 
-    def dispatch(self, rank: int, block: int, local_ids: Sequence[int]) -> Dispatch:
-        """The part of `rank` in this block. local_ids[expert]: the expert's row in its home rank's weights."""
+    def dispatch(
+        self, rank: int, block: int, local_ids: Sequence[int], resident_rows: Mapping[int, int] = _NONE
+    ) -> Dispatch:
+        """The part of `rank` in this block.
+
+        local_ids[expert]: the expert's row in its home rank's weights; resident_rows[expert]: its replica's row here.
+        """
         ep_size = self.plan.placement.ep_size
         blocks = len(self.tokens_Q) // ep_size
         at_R = np.arange(ep_size) * blocks + block
@@ -150,8 +160,8 @@ class Shares:
         pairs_RR = self.pairs_RQ[:, at_R]
         pairs_to, pairs_from = pairs_RR[:, rank] * others_R, pairs_RR[rank] * others_R
         return Dispatch(
-            own=self.own(rank, int(at_R[rank]), local_ids),
-            arrived=self._arrived(rank, at_R[others_R], local_ids),
+            own=self.own(rank, int(at_R[rank]), local_ids, resident_rows),
+            arrived=self._arrived(rank, at_R[others_R], local_ids, resident_rows),
             send_order=self._send_order(rank, int(at_R[rank])),
             pairs_to=pairs_to.tolist(),
             pairs_from=pairs_from.tolist(),
@@ -165,11 +175,13 @@ class Shares:
         experts = self.plan.segments_S4[away, 0]
         return ranges(offsets_E[experts] + self.starts_SQ[away, q], self.lengths_SQ[away, q])
 
-    def _arrived(self, rank: int, sources_q: Index, local_ids: Sequence[int]) -> Banks:
+    def _arrived(
+        self, rank: int, sources_q: Index, local_ids: Sequence[int], resident_rows: Mapping[int, int]
+    ) -> Banks:
         mine = self.segments_of(rank)
         lengths = self.lengths_SQ[np.ix_(mine, sources_q)].T.reshape(-1)
         experts = np.tile(self.plan.segments_S4[mine, 0], len(sources_q))
-        return _by_bank(self.plan, rank, local_ids, experts, np.cumsum(lengths) - lengths, lengths)
+        return _by_bank(self.plan, rank, local_ids, resident_rows, experts, np.cumsum(lengths) - lengths, lengths)
 
 
 def ranges(starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> Index:
@@ -187,17 +199,31 @@ def slots_of(plan: Plan, rank: int) -> dict[int, int]:
     return {lend.expert: slot for slot, lend in enumerate(lend for lend in plan.lends if lend.dst_rank == rank)}
 
 
-def _by_bank(plan: Plan, rank: int, local_ids: Sequence[int], experts: Index, starts: Index, lengths: Index) -> Banks:
+def _by_bank(
+    plan: Plan,
+    rank: int,
+    local_ids: Sequence[int],
+    resident_rows: Mapping[int, int],
+    experts: Index,
+    starts: Index,
+    lengths: Index,
+) -> Banks:
     """Runs [start, start + length) of pairs at hand, each of one expert, as rows by the bank that `rank` has it in."""
-    slots = slots_of(plan, rank)
     rows = np.asarray(local_ids, dtype=np.int64)[experts]
-    if not slots:
-        return Banks(_rows(rows, starts, lengths), _rows(rows[:0], starts[:0], lengths[:0]))
-    slot_E = np.full(plan.placement.num_experts, -1, dtype=np.int64)
-    slot_E[list(slots)] = list(slots.values())
-    is_lent = slot_E[experts] >= 0
-    lent = _rows(slot_E[experts[is_lent]], starts[is_lent], lengths[is_lent])
-    return Banks(_rows(rows[~is_lent], starts[~is_lent], lengths[~is_lent]), lent)
+    slots = slots_of(plan, rank)
+    if not slots and not resident_rows:
+        return Banks(_rows(rows, starts, lengths), _NO_ROWS, _NO_ROWS)
+    bank = np.zeros(len(experts), dtype=np.int64)
+    for number, rows_of in ((1, resident_rows), (2, slots)):
+        if rows_of:
+            row_E = np.full(plan.placement.num_experts, -1, dtype=np.int64)
+            row_E[list(rows_of)] = list(rows_of.values())
+            is_there = row_E[experts] >= 0
+            bank[is_there], rows[is_there] = number, row_E[experts[is_there]]
+    return Banks(*(_rows(rows[bank == n], starts[bank == n], lengths[bank == n]) for n in range(3)))
+
+
+_NO_ROWS = Rows(*(np.zeros(0, dtype=np.int64),) * 3)
 
 
 def _rows(experts: Index, starts: Index, lengths: Index) -> Rows:

@@ -21,7 +21,7 @@ import torch
 from llep.errors import LlepError
 from llep.moe.agreement import RanksDisagree
 from llep.moe.dispatch import Dispatch, Index, Rows, Shares
-from llep.moe.slots import LendingPool, is_lendable, span
+from llep.moe.slots import NO_RESIDENTS, Copy, LendingPool, Residents, is_lendable, span
 from llep.moe.workspace import Workspace
 from llep.plan import Plan
 
@@ -33,7 +33,7 @@ DIGEST, HEAD = 1, 6
 
 
 class Experts(Protocol):
-    """The experts that live on this rank, and how to compute with them or with a pool of borrowed ones.
+    """The experts that live on this rank, and how to compute with them, with resident replicas or with borrowed ones.
 
     `weights` are what is lent: tensors whose first dimension is local experts, each of them a stretch of memory.
     """
@@ -51,7 +51,8 @@ class Experts(Protocol):
     ) -> torch.Tensor:
         """gate x expert(row) of each row -> [P, H].
 
-        The first counts_G[0] rows are for row experts_G[0] of `bank` (`weights`, or a pool's tensors), and so on.
+        The first counts_G[0] rows are for row experts_G[0] of `bank` (`weights`, or a room's or a pool's tensors), and
+        so on.
         """
 
 
@@ -105,6 +106,14 @@ class Group(Protocol):
         weights: Mapping[str, torch.Tensor],
         local_ids: Sequence[int],
         pool: Mapping[str, torch.Tensor],
+        residents: Residents = NO_RESIDENTS,
+    ) -> Waits: ...
+    def start_copies(
+        self,
+        copies: Sequence[Copy],
+        weights: Mapping[str, torch.Tensor],
+        local_ids: Sequence[int],
+        room: Mapping[str, torch.Tensor],
     ) -> Waits: ...
     def what_differs(self) -> str: ...
 
@@ -158,6 +167,7 @@ class LeastLoadedMoE:
         self.local_ids = tuple(local_ids)
         self.num_experts = len(self.home_rank)
         self.workspace = workspace
+        self.residents = NO_RESIDENTS
         self._check_together()
 
     def forward_replicated(
@@ -180,10 +190,13 @@ class LeastLoadedMoE:
         lends = self._lend(plan)
         with times.measure("dispatch"):
             held = _Held.of(hidden_TH, gates_TK, ids_TK)
-            own = Shares.of(plan, counts_E[None], ids_TK.shape[1]).own(self.transport.rank, 0, self.local_ids)
+            own = Shares.of(plan, counts_E[None], ids_TK.shape[1]).own(
+                self.transport.rank, 0, self.local_ids, self.residents.row_of
+            )
             output_TH = torch.zeros_like(hidden_TH)
         with times.measure("compute"):
             self._add(output_TH, held, own.home, self.experts.weights)
+            self._add(output_TH, held, own.resident, self.residents.bank)
         with times.measure("lend"):
             lends.wait()
         with times.measure("compute"):
@@ -217,7 +230,7 @@ class LeastLoadedMoE:
             tokens = slice(block * at_a_time, (block + 1) * at_a_time)
             with times.measure("dispatch"):
                 held = _Held.of(hidden_TH[tokens], gates_TK[tokens], ids_TK[tokens])
-                parts = shares.dispatch(self.transport.rank, block, self.local_ids)
+                parts = shares.dispatch(self.transport.rank, block, self.local_ids, self.residents.row_of)
             self._compute_block(output_TH[tokens], held, parts, lends, times)
         lends.wait()
         return LayerResult(output_TH, plan, counts_RE, times)
@@ -236,6 +249,7 @@ class LeastLoadedMoE:
             rows = exchange(sent_NH, parts.rows_to, parts.rows_from, buffers.received)
         with times.measure("compute"):
             self._add(output_TH, held, parts.own.home, self.experts.weights)
+            self._add(output_TH, held, parts.own.resident, self.residents.bank)
         with times.measure("dispatch"):
             labels_P2, received_NH = labels.wait(), rows.wait()
             first_P = _on(output_TH, np.repeat(_starts(parts.rows_from), parts.pairs_from))
@@ -243,6 +257,7 @@ class LeastLoadedMoE:
             sums_NH = buffers.sums[: len(received_NH)].zero_()
         with times.measure("compute"):
             self._add(sums_NH, arrived, parts.arrived.home, self.experts.weights)
+            self._add(sums_NH, arrived, parts.arrived.resident, self.residents.bank)
         with times.measure("lend"):
             lends.wait()
         with times.measure("compute"):
@@ -402,7 +417,7 @@ class LeastLoadedMoE:
         return ""
 
     def _lend(self, plan: Plan) -> Waits:
-        return self.transport.start_lends(plan, self.experts.weights, self.local_ids, self.pool.tensors)
+        return self.transport.start_lends(plan, self.experts.weights, self.local_ids, self.pool.tensors, self.residents)
 
 
 class _Row(NamedTuple):

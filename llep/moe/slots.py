@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -33,6 +34,34 @@ def bytes_of_expert(tensor: torch.Tensor, row: int) -> torch.Tensor:
     """The memory of one expert, as it is, as [bytes] uint8."""
     stretch = tensor.as_strided((span(tensor),), (1,), tensor.storage_offset() + row * tensor.stride(0))
     return stretch.view(torch.uint8)
+
+
+def zeros_like_experts(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """[rows, ...] of zeros with the strides of these experts: not empty, for untouched pages don't count as used."""
+    apart = max(tensor.stride(0), span(tensor))
+    zeros = torch.zeros(rows * apart * tensor.element_size(), dtype=torch.uint8, device=tensor.device)
+    return zeros.view(tensor.dtype).as_strided((rows, *tensor.shape[1:]), (apart, *tensor.stride()[1:]))
+
+
+class Copy(NamedTuple):
+    """One resident replica on its way: from its home rank into a row of dst_rank's room."""
+
+    layer: int  # its place among the layers
+    expert: int
+    src_rank: int
+    dst_rank: int
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Residents:
+    """Resident replicas of one layer on this rank: row_of[expert] is the expert's row in `bank`."""
+
+    bank: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    row_of: Mapping[int, int] = field(default_factory=dict)
+
+
+NO_RESIDENTS = Residents()
 
 
 def available_host_bytes() -> int | None:
@@ -144,16 +173,8 @@ class LendingPool:
                 param=key,
             )
         try:
-            # zeros, not empty: untouched pages are not counted as used memory.
-            tensors = {name: _zeros_like_experts(tensor, halves * slots) for name, tensor in weights.items()}
+            tensors = {name: zeros_like_experts(tensor, halves * slots) for name, tensor in weights.items()}
         except (RuntimeError, MemoryError) as error:
             reason = " ".join(str(error).split())
             raise UnsupportedConfiguration(f"{pool} can't be reserved: lower {key} ({reason})", param=key) from error
         return cls(slots, tensors, halves)
-
-
-def _zeros_like_experts(tensor: torch.Tensor, slots: int) -> torch.Tensor:
-    """[slots, ...] with the strides of these experts."""
-    apart = max(tensor.stride(0), span(tensor))
-    zeros = torch.zeros(slots * apart * tensor.element_size(), dtype=torch.uint8, device=tensor.device)
-    return zeros.view(tensor.dtype).as_strided((slots, *tensor.shape[1:]), (apart, *tensor.stride()[1:]))

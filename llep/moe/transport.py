@@ -2,7 +2,8 @@
 
 Who enters what, in which order, on every rank of the EP group, also with zero tokens:
 
-1. once per step, before the first layer: `gather` of the step header;
+1. once per step, before the first layer: `gather` of the step header; then, while resident replicas are being filled,
+   their copies, point to point in one order that all know (llep.moe.replicas);
 2. per layer where tokens are sharded (data-parallel attention): `gather` of counts, lends; if a rank's rows don't fit
    its workspace, which all ranks know from counts and plan, `gather` of the counts of each block of tokens; then, for
    each block, `exchange` of what pairs are whose, of token rows, and of the sums that go back;
@@ -37,7 +38,7 @@ import torch.distributed as dist
 
 from llep.errors import LlepError
 from llep.moe.dispatch import slots_of
-from llep.moe.slots import bytes_of_expert
+from llep.moe.slots import NO_RESIDENTS, Copy, Residents, bytes_of_expert
 from llep.plan import Plan, Transfer
 
 DIFFERS = "than the others"
@@ -175,19 +176,44 @@ class Transport:
         weights: Mapping[str, torch.Tensor],
         local_ids: Sequence[int],
         pool: Mapping[str, torch.Tensor],
+        residents: Residents = NO_RESIDENTS,
     ) -> PendingLends:
-        """Post this rank's part of the plan's transfers: home weights out, weights into the pool, and from there on."""
+        """Post this rank's part of the plan's transfers: weights that it has out, others into the pool, and on."""
         slots = slots_of(plan, self.rank)
-        hops = [
-            _Hop(
-                hop,
-                index * len(weights),
-                pool if hop.expert in slots else weights,
-                slots[hop.expert] if hop.expert in slots else local_ids[hop.expert],
-            )
-            for index, hop in enumerate(plan.transfers)
-            if self.rank in (hop.src_rank, hop.dst_rank)
-        ]
+
+        def place(expert: int) -> tuple[Mapping[str, torch.Tensor], int]:
+            if expert in slots:
+                return pool, slots[expert]
+            if expert in residents.row_of:
+                return residents.bank, residents.row_of[expert]
+            return weights, local_ids[expert]
+
+        return self._start(
+            [
+                _Hop(hop, index * len(weights), *place(hop.expert))
+                for index, hop in enumerate(plan.transfers)
+                if self.rank in (hop.src_rank, hop.dst_rank)
+            ]
+        )
+
+    def start_copies(
+        self,
+        copies: Sequence[Copy],
+        weights: Mapping[str, torch.Tensor],
+        local_ids: Sequence[int],
+        room: Mapping[str, torch.Tensor],
+    ) -> PendingLends:
+        """Post this rank's part of filling resident replicas of one layer, in the order of copies."""
+        hops = []
+        for index, copy in enumerate(copies):
+            transfer = Transfer(copy.expert, copy.src_rank, copy.dst_rank, 0)
+            if copy.dst_rank == self.rank:
+                hops.append(_Hop(transfer, index * len(weights), room, copy.row))
+            elif copy.src_rank == self.rank:
+                hops.append(_Hop(transfer, index * len(weights), weights, local_ids[copy.expert]))
+        return self._start(hops)
+
+    def _start(self, hops: Sequence[_Hop]) -> PendingLends:
         return self._start_batches(hops) if self.device.type == "cuda" else self._start_each(hops)
 
     def _start_each(self, hops: Sequence[_Hop]) -> PendingLends:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from llep.moe.dispatch import slots_of
+from llep.moe.slots import NO_RESIDENTS, Copy, Residents
 from llep.plan import Plan
 
 T = TypeVar("T")
@@ -111,13 +112,36 @@ class VirtualTransport:
         weights: Mapping[str, torch.Tensor],
         local_ids: Sequence[int],
         pool: Mapping[str, torch.Tensor],
+        residents: Residents = NO_RESIDENTS,
     ) -> Arrived:
         slots = slots_of(plan, self.rank)
 
-        def borrow(all_: list[Mapping[str, torch.Tensor]]) -> None:
-            for expert, slot in slots.items():
-                for name, tensor in all_[plan.placement.home_rank[expert]].items():
-                    pool[name][slot].copy_(tensor[local_ids[expert]])
+        def borrow(all_: list[tuple[Mapping[str, torch.Tensor], Residents]]) -> None:
+            for lend in plan.lends:
+                if lend.dst_rank != self.rank:
+                    continue
+                theirs, replicas = all_[lend.src_rank]
+                row, bank = local_ids[lend.expert], theirs
+                if lend.expert in replicas.row_of:
+                    row, bank = replicas.row_of[lend.expert], replicas.bank
+                for name, tensor in bank.items():
+                    pool[name][slots[lend.expert]].copy_(tensor[row])
 
-        self._group.meet(self.rank, weights, borrow)
+        self._group.meet(self.rank, (weights, residents), borrow)
+        return Arrived(torch.empty(0))
+
+    def start_copies(
+        self,
+        copies: Sequence[Copy],
+        weights: Mapping[str, torch.Tensor],
+        local_ids: Sequence[int],
+        room: Mapping[str, torch.Tensor],
+    ) -> Arrived:
+        def fill(all_: list[Mapping[str, torch.Tensor]]) -> None:
+            for copy in copies:
+                if copy.dst_rank == self.rank:
+                    for name, tensor in all_[copy.src_rank].items():
+                        room[name][copy.row].copy_(tensor[local_ids[copy.expert]])
+
+        self._group.meet(self.rank, weights, fill)
         return Arrived(torch.empty(0))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from llep.config import Mode, Phases, Settings, layer_numbers
+from llep.config import Mode, Phases, Planner, Settings, layer_numbers
 from llep.cost import CostModel
 from llep.placement import Placement
 from llep.plan import Decision, Plan
@@ -33,6 +33,22 @@ def may_plan(settings: Settings, step: Step, layer_number: int) -> Decision | No
     return Decision.SMALL_BATCH if step.tokens < settings.min_batch_tokens else None
 
 
+def plans_replicas(settings: Settings, layer_number: int, placement: Placement) -> bool:
+    """Whether resident replicas act in this layer, also where may_plan leaves it alone for its size or phase."""
+    chosen = layer_numbers(settings.layers)
+    return (
+        bool(placement.replicas)
+        and settings.mode in (Mode.SHADOW, Mode.ACTIVE)
+        and settings.planner is not Planner.HOME
+        and (chosen is None or layer_number in chosen)
+    )
+
+
+def needs_counts(settings: Settings, step: Step, layer_number: int, placement: Placement) -> bool:
+    """Whether the plan may differ from plain EP: then all ranks must plan from the same counts."""
+    return may_plan(settings, step, layer_number) is None or plans_replicas(settings, layer_number, placement)
+
+
 def decide(
     settings: Settings,
     step: Step,
@@ -46,10 +62,24 @@ def decide(
 ) -> Plan:
     """The plan of one layer: the same on every rank that holds the same counts, settings and cost model.
 
-    is_probe: what would lend is left to plain EP instead, as a measure of what lending is worth.
+    Where a step is too small or of another phase, only the placement acts: resident replicas share the load, nothing
+    is lent. is_probe: what would lend is left to plain EP instead, as a measure of what lending is worth.
     """
     reason = may_plan(settings, step, layer_number)
     if reason is not None:
+        if plans_replicas(settings, layer_number, placement):
+            options = PlanOptions(
+                imbalance_threshold=settings.imbalance_threshold,
+                capacity_factor=settings.capacity_factor,
+                min_chunk_tokens=1,
+                bytes_per_expert=bytes_per_expert,
+                ranks_per_node=ranks_per_node,
+                phase="decode",
+                cost_model=cost_model,
+            )
+            plan = plan_step(settings.planner.value, counts_RE, placement.without_slots, options)
+            if plan.decision is Decision.REPLICA:
+                return plan
         return plan_home(counts_RE.sum(axis=0).tolist(), placement, reason)
     options = PlanOptions(
         imbalance_threshold=settings.imbalance_threshold,

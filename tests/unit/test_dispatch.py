@@ -7,7 +7,7 @@ import numpy.typing as npt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llep.moe.dispatch import Rows, Shares, ranges, slots_of
+from llep.moe.dispatch import Banks, Rows, Shares, ranges, slots_of
 from llep.placement import Placement
 from llep.plan import Plan
 from llep.planning import PlanOptions, plan_step
@@ -17,23 +17,32 @@ Counts = npt.NDArray[np.int64]
 
 @st.composite
 def planned(draw: st.DrawFn) -> tuple[Plan, Counts, list[int]]:
-    """A plan that often lends, the counts [R, B, E] it is made for, and each expert's row in its home's weights."""
+    """A plan that lends or uses replicas, the counts [R, B, E] it is for, each expert's row in its home's weights."""
     ep_size, num_blocks = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     num_experts = draw(st.integers(1, 9))
     home_rank = tuple(draw(st.lists(st.integers(0, ep_size - 1), min_size=num_experts, max_size=num_experts)))
     size = ep_size * num_blocks * num_experts
     counts = np.array(draw(st.lists(st.integers(0, 30), min_size=size, max_size=size)), dtype=np.int64)
     counts = counts.reshape(ep_size, num_blocks, num_experts)
-    placement = Placement(home_rank, (draw(st.integers(0, min(3, num_experts))),) * ep_size)
+    away = [(e, r) for e in range(num_experts) for r in range(ep_size) if r != home_rank[e]]
+    replicas = draw(st.lists(st.sampled_from(away), unique=True, max_size=4)) if away else []
+    placement = Placement(home_rank, (draw(st.integers(0, min(3, num_experts))),) * ep_size, tuple(replicas))
     options = PlanOptions(min_chunk_tokens=1, imbalance_threshold=1.0)
     plan = plan_step("least_loaded", counts.sum(axis=1), placement, options)
     local_ids = [sum(home_rank[o] == home_rank[e] for o in range(e)) for e in range(num_experts)]
     return plan, counts, local_ids
 
 
-def expert_of_row(plan: Plan, rank: int, local_ids: list[int], row: int, is_lent: bool) -> int:
-    if is_lent:
-        return next(expert for expert, slot in slots_of(plan, rank).items() if slot == row)
+def resident_rows(plan: Plan, rank: int) -> dict[int, int]:
+    """The replicas of a rank, the last one first."""
+    mine = [expert for expert, owner in plan.placement.replicas if owner == rank]
+    return {expert: row for row, expert in enumerate(reversed(mine))}
+
+
+def expert_of_row(plan: Plan, rank: int, local_ids: list[int], row: int, bank: str) -> int:
+    rows_of = {"lent": slots_of(plan, rank), "resident": resident_rows(plan, rank)}
+    if bank in rows_of:
+        return next(expert for expert, slot in rows_of[bank].items() if slot == row)
     home = plan.placement.home_rank
     return next(expert for expert in range(len(home)) if home[expert] == rank and local_ids[expert] == row)
 
@@ -50,7 +59,7 @@ def test_what_is_sent_is_what_is_received_and_computed_once(case: tuple[Plan, Co
     shares = Shares.of(plan, counts_RBE.reshape(-1, num_experts), top_k=1)
     computed = []
     for block in range(num_blocks):
-        parts = [shares.dispatch(rank, block, local_ids) for rank in range(ep_size)]
+        parts = [shares.dispatch(rank, block, local_ids, resident_rows(plan, rank)) for rank in range(ep_size)]
         # Each pair has a name: (source, expert, place among the source's pairs of that expert in this block).
         names = [
             [(src, e, n) for e in range(num_experts) for n in range(counts_RBE[src, block, e])]
@@ -65,9 +74,9 @@ def test_what_is_sent_is_what_is_received_and_computed_once(case: tuple[Plan, Co
                 first = sum(parts[src].pairs_to[:rank])
                 received += sent[src][first : first + parts[src].pairs_to[rank]]
             for banks, at_hand in ((parts[rank].own, names[rank]), (parts[rank].arrived, received)):
-                for rows, is_lent in zip(banks, (False, True), strict=True):
+                for bank, rows in zip(Banks._fields, banks, strict=True):
                     for position, row in pairs_of(rows):
-                        assert at_hand[position][1] == expert_of_row(plan, rank, local_ids, row, is_lent)
+                        assert at_hand[position][1] == expert_of_row(plan, rank, local_ids, row, bank)
                         computed.append((block, *at_hand[position]))
             assert parts[rank].pairs_to[rank] == 0
     assert len(computed) == len(set(computed)) == counts_RBE.sum()
@@ -81,9 +90,10 @@ def test_replicated_pairs_are_shared_out_once(case: tuple[Plan, Counts, list[int
     shares = Shares.of(plan, counts_E[None], top_k=1)
     seen = []
     for rank in range(plan.placement.ep_size):
-        for rows, is_lent in zip(shares.own(rank, 0, local_ids), (False, True), strict=True):
+        banks = shares.own(rank, 0, local_ids, resident_rows(plan, rank))
+        for bank, rows in zip(Banks._fields, banks, strict=True):
             for position, row in pairs_of(rows):
-                assert experts[position] == expert_of_row(plan, rank, local_ids, row, is_lent)
+                assert experts[position] == expert_of_row(plan, rank, local_ids, row, bank)
                 seen.append(position)
     assert sorted(seen) == list(range(len(experts)))
 
@@ -92,7 +102,7 @@ def test_replicated_pairs_are_shared_out_once(case: tuple[Plan, Counts, list[int
 def test_chunks_are_the_rows_in_parts(case: tuple[Plan, Counts, list[int]], most_rows: int) -> None:
     plan, counts_RBE, local_ids = case
     counts_E = counts_RBE.sum(axis=(0, 1))
-    home, _ = Shares.of(plan, counts_E[None], top_k=1).own(0, 0, local_ids)
+    home, _, _ = Shares.of(plan, counts_E[None], top_k=1).own(0, 0, local_ids)
     parts = list(home.chunks(most_rows))
     assert [pair for part in parts for pair in pairs_of(part)] == pairs_of(home)
     assert all(0 < len(part) == part.counts_G.sum() <= most_rows and part.counts_G.min() > 0 for part in parts)
