@@ -172,8 +172,11 @@ class Settings(BaseModel):
         "", "h100, h200, b200 or a file of `llep calibrate`: plans that it says don't pay are not taken; empty: all are"
     )
     slots_per_rank: int = _cold(4, "slots of the lending pool on each rank, shared by all layers", ge=0, le=4096)
+    replica_slots_per_rank: int = _cold(
+        0, "room for resident replicas on each rank, in experts over all layers; 0: none", ge=0, le=1 << 20
+    )
     memory_budget_bytes: int = _cold(
-        0, "bytes per rank for pool and workspace, slots are what fits; 0 takes slots_per_rank", ge=0
+        0, "bytes per rank for pool, replicas and workspace, slots are what fits; 0 takes slots_per_rank", ge=0
     )
 
     @classmethod

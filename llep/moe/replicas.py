@@ -109,11 +109,13 @@ class Replicas:
     """The replicas of all layers, as this rank knows them of all ranks, and where this rank has its own.
 
     live_number: the order that is switched on, 0 if none is; what stays of it acts while the next is filled.
+    peak_bytes: the most that used_bytes has been.
     """
 
     def __init__(self, transport: Group) -> None:
         self.layers: list[PlacedLayer] = []
         self.live_number = 0
+        self.peak_bytes = 0
         self._transport = transport
         self._order: PlacementOrder | None = None
         self._acting: dict[Replica, int] = {}  # -> row of the replica's rank's room
@@ -228,6 +230,7 @@ class Replicas:
         self._allowance -= spent
         self._missing = self._missing[len(due) :]
         self._filled |= {(copy.layer, copy.expert, copy.dst_rank): copy.row for copy in due}
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
     def _due(self) -> tuple[list[Copy], int]:
         """The next copies, all of one layer, that the allowance holds on every rank; and the most bytes on one."""

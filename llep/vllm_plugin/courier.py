@@ -20,6 +20,7 @@ import zmq
 
 from llep.messages import Report, decode_directive, encode
 from llep.moe.agreement import AgreedSettings
+from llep.moe.replicas import Replicas
 
 logger = logging.getLogger("vllm.llep")
 
@@ -59,7 +60,8 @@ class AgentProcess:
 
 
 class Courier(threading.Thread):
-    """Sends make_report() every report_interval_s, and at once when a revision arrives or goes live; takes directives.
+    """Sends make_report() every report_interval_s, and at once when a revision arrives or goes live, or a placement is
+    switched on; takes directives.
 
     Reports are cumulative: one that can't be sent is dropped, the next one says it all.
     """
@@ -69,12 +71,14 @@ class Courier(threading.Thread):
         socket: str,
         make_report: Callable[[], Report],
         agreed: AgreedSettings,
+        replicas: Replicas,
         agent: AgentProcess | None,
     ) -> None:
         super().__init__(name="llep-courier", daemon=True)
         self._socket_path = socket
         self._make_report = make_report
         self._agreed = agreed
+        self._replicas = replicas
         self._agent = agent
 
     def run(self) -> None:
@@ -87,14 +91,15 @@ class Courier(threading.Thread):
         socket.connect(f"ipc://{self._socket_path}")
         _leave_the_cores_of_this_rank()
         next_report_s = last_sign_s = 0.0
-        live_revision = -1
+        told_live = (-1, -1)
         while True:
             try:
                 if self._agent is not None:
                     self._agent.keep_running()
                 now = time.monotonic()
-                if now >= next_report_s or self._agreed.live.number != live_revision:
-                    live_revision = self._agreed.live.number
+                live = self._agreed.live.number, self._replicas.live_number
+                if now >= next_report_s or live != told_live:
+                    told_live = live
                     next_report_s = now + self._agreed.live.settings.report_interval_s
                     last_sign_s = now
                     socket.send(encode(self._make_report()), zmq.NOBLOCK)

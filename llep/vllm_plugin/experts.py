@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from vllm.model_executor.layers.fused_moe import modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPrepareAndFinalizeNoDPEPModular
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from llep.errors import UnsupportedConfiguration
 from llep.moe.dispatch import Index
@@ -17,6 +19,30 @@ from llep.moe.slots import is_lendable
 
 # Not an expert's weights: activation scales that all experts share, and what the router uses.
 _SHARED_BY_EXPERTS = ("w13_input_scale", "w2_input_scale", "e_score_correction_bias", "hash_indices_table")
+
+
+_num_loads = 0
+
+
+def count_loads() -> None:
+    """Have vLLM tell whenever it loads weights of experts, also anew while serving, by whatever way. Once."""
+    loader = RoutedExperts.weight_loader
+    if hasattr(loader, "is_counted_by_llep"):
+        return
+
+    @functools.wraps(loader)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        global _num_loads
+        _num_loads += 1
+        return loader(*args, **kwargs)
+
+    counted.is_counted_by_llep = True  # type: ignore[attr-defined]
+    RoutedExperts.weight_loader = counted
+
+
+def num_loads() -> int:
+    """How often weights of an expert were loaded in this process."""
+    return _num_loads
 
 
 class VllmExperts:
@@ -31,13 +57,19 @@ class VllmExperts:
         self.top_k: int = routed_experts.top_k
         self.gate_on_input: bool = routed_experts.apply_router_weight_on_input
         self.weights: dict[str, torch.Tensor] = {}
-        self._pool_kernel: mk.FusedMoEKernel | None = None
+        self._other_kernels: list[tuple[Mapping[str, torch.Tensor], mk.FusedMoEKernel]] = []
         self.take_weights()
 
     def take_weights(self) -> None:
         """Look at the layer's weights, which vLLM has just loaded, or loaded again into other tensors."""
         self.weights.update(_lendable(self._routed))
         self._home_kernel = _local_kernel(_fused_experts(self._routed))
+        self._parameters = [dict(self._routed.named_parameters(recurse=False))[name] for name in self.weights]
+
+    @property
+    def writes(self) -> int:
+        """How often the layer's weights were written in place, as torch counts it."""
+        return sum(parameter._version for parameter in self._parameters if not parameter.is_inference())
 
     @property
     def local_map_E(self) -> torch.Tensor:
@@ -47,16 +79,17 @@ class VllmExperts:
             raise UnsupportedConfiguration("this layer has no expert map: start vLLM with --enable-expert-parallel")
         return expert_map.to(torch.int64)
 
-    def prepare_pool(self, pool: Mapping[str, torch.Tensor]) -> None:
-        """Make the kernel that computes with borrowed weights: vLLM's own, over a copy of the layer with `pool`."""
+    def prepare_bank(self, bank: Mapping[str, torch.Tensor]) -> None:
+        """Make the kernel that computes with other weights of this shape, lent or resident: vLLM's own, over a copy of
+        the layer that has them."""
         view = copy.copy(self._routed)
         view._parameters = {
             **self._routed._parameters,
-            **{name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in pool.items()},
+            **{name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in bank.items()},
         }
         experts = copy.copy(_fused_experts(self._routed))
         experts.quant_config = self._routed.quant_method.get_fused_moe_quant_config(view)
-        self._pool_kernel = _local_kernel(experts)
+        self._other_kernels.append((bank, _local_kernel(experts)))
 
     def compute(
         self,
@@ -67,8 +100,9 @@ class VllmExperts:
         gates_P: torch.Tensor,
     ) -> torch.Tensor:
         """gate x expert(row) of each row -> [P, H]; see llep.moe.layer.Experts."""
-        kernel = self._home_kernel if bank is self.weights else self._pool_kernel
-        assert kernel is not None
+        kernel = self._home_kernel
+        if bank is not self.weights:
+            kernel = next(kernel for known, kernel in self._other_kernels if known is bank)
         output_PH: torch.Tensor = kernel.apply(
             hidden_states=rows_PH,
             w1=bank["w13_weight"],

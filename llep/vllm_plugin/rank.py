@@ -28,9 +28,10 @@ from llep.config import Mode, Settings, load_settings
 from llep.cost import CostModel, cost_model
 from llep.errors import UnsupportedConfiguration
 from llep.loads import home_loads, imbalance_ratio
-from llep.messages import PROTOCOL, EngineInfo, Report
-from llep.moe.agreement import HEADER_SIZE, AgreedSettings, RanksDisagree, agreed_step
+from llep.messages import PROTOCOL, EngineInfo, PlacementOrder, Report
+from llep.moe.agreement import CLOCK_US, HEADER_SIZE, WEIGHTS, AgreedSettings, RanksDisagree, agreed_step
 from llep.moe.layer import Counts, LayerResult, LeastLoadedMoE
+from llep.moe.replicas import NO_ROOM, PlacedLayer, Replicas, Room
 from llep.moe.slots import LendingPool, available_host_bytes, bytes_per_expert, total_host_bytes
 from llep.moe.transport import Transport
 from llep.moe.verify import is_probe, is_sampled, verify
@@ -40,11 +41,11 @@ from llep.placement import Placement, ranks_per_node
 from llep.plan import Decision, Plan
 from llep.planning import warm_up
 from llep.planning.home import plan_home
-from llep.planning.policy import Step, decide, may_plan
+from llep.planning.policy import Step, decide, needs_counts
 from llep.shapes import ModelShape
 from llep.spool import spool_dir
 from llep.vllm_plugin.courier import AgentProcess, Courier
-from llep.vllm_plugin.experts import VllmExperts
+from llep.vllm_plugin.experts import VllmExperts, num_loads
 from llep.vllm_plugin.recording import Recorder
 
 logger = logging.getLogger("vllm.llep")
@@ -71,10 +72,16 @@ class RankLayer:
     index: int
     number: int
     experts: VllmExperts
-    placement: Placement
-    local_ids: tuple[int, ...]
-    moe: LeastLoadedMoE
-    bytes_per_expert: int
+    placed: PlacedLayer
+
+    @property
+    def moe(self) -> LeastLoadedMoE:
+        return self.placed.moe
+
+    @property
+    def placement(self) -> Placement:
+        """Where its experts are now."""
+        return self.placed.placement
 
 
 class Rank:
@@ -89,10 +96,12 @@ class Rank:
         self.is_replicated = parallel.data_parallel_size == 1
         # With both kinds of parallelism vLLM deals a batch's tokens out over the tensor-parallel ranks: none twice.
         self._part = get_tensor_model_parallel_rank() if parallel.use_sequence_parallel_moe else 0
-        self.agreed = AgreedSettings(settings)
+        self.agreed = AgreedSettings(settings, self._check_placement)
         self._start_settings = settings
         self.layers: list[RankLayer] = []
+        self.weights_taken = 0  # layers whose weights vLLM has put into their final form again
         self._pools: dict[tuple[Any, ...], LendingPool] = {}
+        self._rooms: dict[tuple[Any, ...], Room] = {}
         self._workspaces: dict[int, Workspace] = {}
         self._window: LoadWindow | None = None
         self._recorder: Recorder | None = None
@@ -107,6 +116,7 @@ class Rank:
         warm_up()  # compiles the planners on a machine's first start, and takes them from the cache afterwards
         group = get_ep_group()
         self._transport = Transport(group.ranks, group.device, settings.watchdog_s)
+        self._replicas = Replicas(self._transport)
         self._machines = self._machine_of_ranks()
         self._ranks_per_node = ranks_per_node(self._machines)
         self._cost_model = self._agreed_cost_model(settings.cost_model)
@@ -125,27 +135,45 @@ class Rank:
         experts = VllmExperts(routed_experts)
         workspace = self._workspace_for(experts)
         model = self.config.model_config
-        pool = self._pool_for(experts.weights, workspace.bytes_for(model.get_hidden_size(), model.dtype))
+        workspace_bytes = workspace.bytes_for(model.get_hidden_size(), model.dtype)
+        room = self._room_for(experts.weights)
+        pool = self._pool_for(experts.weights, room.bytes + workspace_bytes)
         half = pool.half(len(self.layers))
-        experts.prepare_pool(half.tensors)
+        experts.prepare_bank(half.tensors)
+        if room.rows:
+            experts.prepare_bank(room.bank)
         home_rank, local_ids = self._home_of_experts(experts)
-        layer = RankLayer(
-            index=len(self.layers),
-            number=_layer_number(layer_name),
-            experts=experts,
-            placement=Placement(home_rank, (pool.slots,) * self._transport.size),
-            local_ids=local_ids,
-            moe=LeastLoadedMoE(experts, self._transport, half, home_rank, local_ids, workspace),
-            bytes_per_expert=bytes_per_expert(experts.weights),
-        )
+        moe = LeastLoadedMoE(experts, self._transport, half, home_rank, local_ids, workspace)
+        home = Placement(home_rank, (pool.slots,) * self._transport.size)
+        placed = self._replicas.add_layer(moe, home, room)
+        layer = RankLayer(len(self.layers), _layer_number(layer_name), experts, placed)
         self.layers.append(layer)
         if len(self.layers) == self._expected_layers and self._window is None:
             self._start_reporting()
         return layer
 
-    def _pool_for(self, weights: Mapping[str, torch.Tensor], workspace_bytes: int) -> LendingPool:
-        """The pool for experts of this shape: one for all layers that have it."""
-        shape = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in weights.items())
+    def _room_for(self, weights: Mapping[str, torch.Tensor]) -> Room:
+        """Room for resident replicas of experts of this shape: one for all layers that have it."""
+        shape = _shape_of(weights)
+        if shape not in self._rooms:
+            settings = self._start_settings
+            room = NO_ROOM
+            if rows := settings.replica_slots_per_rank:
+                room = Room.reserve(weights, rows, settings.memory_budget_bytes, self._available_bytes())
+                logger.info(
+                    "llep: room for resident replicas reserved: %d bytes per rank (%d experts of %d bytes over all "
+                    "layers of this shape), before the KV cache is sized",
+                    room.bytes,
+                    room.rows,
+                    bytes_per_expert(weights),
+                )
+            self._rooms[shape] = room
+        return self._rooms[shape]
+
+    def _pool_for(self, weights: Mapping[str, torch.Tensor], other_bytes: int) -> LendingPool:
+        """The pool for experts of this shape, one for all layers that have it. other_bytes: of the budget, for what
+        else there is."""
+        shape = _shape_of(weights)
         if shape not in self._pools:
             settings = self._start_settings
             slots = settings.slots_per_rank
@@ -156,7 +184,7 @@ class Rank:
                 slots,
                 settings.memory_budget_bytes,
                 self._available_bytes(),
-                workspace_bytes,
+                other_bytes,
                 halves=HALVES[self._transport.device.type],
             )
             self._pools[shape] = pool
@@ -234,7 +262,7 @@ class Rank:
             np.array([layer.placement.home_rank for layer in self.layers]),
             ep_size=self._transport.size,
             top_k=first.experts.top_k,
-            bytes_per_lend=first.bytes_per_expert,
+            bytes_per_lend=first.placed.bytes_per_expert,
             ranks_per_node=self._ranks_per_node,
         )
         self._info = self._engine_info(first)
@@ -246,7 +274,7 @@ class Rank:
             self._recorder.record_from_start(self._start_settings.record_max_bytes)
         agent = AgentProcess(socket_path, self._info.engine) if is_first and has_scheduler() else None
         if has_scheduler():
-            Courier(socket_path, self.report, self.agreed, agent).start()
+            Courier(socket_path, self.report, self.agreed, self._replicas, agent).start()
         elif is_first:
             logger.info(
                 "llep: LLEP_RAY_ADDRESS is not set: no scheduler, the settings at start hold while this engine runs"
@@ -270,11 +298,11 @@ class Rank:
             tp_size=config.parallel_config.tensor_parallel_size,
             dp_size=config.parallel_config.data_parallel_size,
             layer_numbers=tuple(layer.number for layer in self.layers),
-            num_experts=len(layer.local_ids),
+            num_experts=layer.placement.num_experts,
             top_k=layer.experts.top_k,
             slots_per_rank=pool.slots,
-            bytes_per_slot=layer.bytes_per_expert,
-            replica_slots_per_rank=0,
+            bytes_per_slot=layer.placed.bytes_per_expert,
+            replica_slots_per_rank=next(iter(self._rooms.values())).rows,
             ranks_per_node=self._ranks_per_node or 0,
             has_cost_model=self._cost_model is not None,
             max_model_len=model.max_model_len,
@@ -312,6 +340,7 @@ class Rank:
             num_tokens if real_tokens is None else real_tokens,
             is_dummy=is_dummy,
             is_prefill=is_prefill,
+            weights=self._times_weights_changed(),
         )
         self._transport.where = f"step {self._step_number}, before its first layer"
         row = torch.from_numpy(header).to(self._transport.device)
@@ -321,6 +350,12 @@ class Rank:
         settings = self.agreed.live.settings
         if self.agreed.live.number != before:
             logger.info("llep: settings revision %d is live from step %d", self.agreed.live.number, self._step_number)
+        self._replicas.follow(
+            self.agreed.live.placement,
+            headers[0, CLOCK_US] / 1e6,
+            headers[:, WEIGHTS].tolist(),
+            may_fill=settings.mode is Mode.ACTIVE and self._is_trusted,
+        )
         step, is_real = agreed_step(headers, is_replicated=self.is_replicated)
         # Until the first real step ranks may compile kernels for minutes, each at its own pace.
         self._transport.watchdog_s = settings.watchdog_s if any(self._steps.values()) else 1800.0
@@ -344,11 +379,12 @@ class Rank:
         decide_plan = partial(self._decide, layer, step)
         moe = layer.moe
         if self.is_replicated:
-            agree = may_plan(step.settings, step.step, layer.number) is None
+            agree = needs_counts(step.settings, step.step, layer.number, layer.placement)
             result = moe.forward_replicated(hidden_TH[:rows], gates_TK[:rows], ids_TK[:rows], decide_plan, agree=agree)
         else:
             result = moe.forward_sharded(hidden_TH[:rows], gates_TK[:rows], ids_TK[:rows], decide_plan)
-        is_verified = bool(result.plan.lends) and is_sampled(self._step_number, step.settings.verify_sample_ratio)
+        is_moving = result.plan.decision in (Decision.LEND, Decision.REPLICA)
+        is_verified = is_moving and is_sampled(self._step_number, step.settings.verify_sample_ratio)
         if is_verified:
             result = self._verified(layer, result, hidden_TH[:rows], gates_TK[:rows], ids_TK[:rows])
         is_counted = layer.index < len(self._info.layer_numbers)
@@ -403,7 +439,7 @@ class Rank:
             layer.number,
             counts_RE,
             layer.placement,
-            layer.bytes_per_expert,
+            layer.placed.bytes_per_expert,
             self._ranks_per_node,
             self._cost_model,
             is_probe=settings.mode is Mode.ACTIVE
@@ -457,6 +493,8 @@ class Rank:
         agreed = self.agreed
         per_slot = self._info.bytes_per_slot
         workspace_bytes = sum(workspace.bytes for workspace in self._workspaces.values())
+        room_bytes = sum(room.bytes for room in self._rooms.values())
+        steady_bytes = workspace_bytes + self._replicas.used_bytes
         free_bytes, total_bytes = self._device_bytes()
         with window.lock:
             return Report(
@@ -475,20 +513,29 @@ class Rank:
                 live_since_step=agreed.live_since_step,
                 live_since_time_s=agreed.live_since_time_s,
                 last_apply_error=agreed.last_error,
-                live_placement=0,
-                filled_placement=0,
+                live_placement=self._replicas.live_number,
+                filled_placement=self._replicas.filled,
                 phase_seconds=window.phase_seconds(),
                 layer_seconds=dict(window.layer_seconds),
                 worth=window.worth(),
                 device_total_bytes=total_bytes,
                 device_free_bytes=free_bytes,
-                memory_budget_bytes=sum(pool.bytes for pool in self._pools.values()) + workspace_bytes,
-                memory_used_bytes=window.slots_used * per_slot + workspace_bytes,
-                memory_peak_bytes=window.slots_peak * per_slot + workspace_bytes,
-                replica_bytes=0,
+                memory_budget_bytes=sum(pool.bytes for pool in self._pools.values()) + workspace_bytes + room_bytes,
+                memory_used_bytes=window.slots_used * per_slot + steady_bytes,
+                memory_peak_bytes=window.slots_peak * per_slot + workspace_bytes + self._replicas.peak_bytes,
+                replica_bytes=room_bytes,
                 errors=dict(window.errors),
                 group=window.group_loads() if self._transport.rank == 0 else None,
             )
+
+    def _check_placement(self, order: PlacementOrder) -> None:
+        self._replicas.check(order, len(self._info.layer_numbers))
+
+    def _times_weights_changed(self) -> int:
+        """A number that grows whenever weights of experts are written on this rank; costs nothing without replicas."""
+        if self.agreed.live.placement is None and self.agreed.held.placement is None:
+            return 0
+        return self.weights_taken + num_loads() + sum(layer.experts.writes for layer in self.layers)
 
     def _device_bytes(self) -> tuple[int, int]:
         """(free, total) bytes of this rank's device, or its part of the host's; 0 where nobody says."""
@@ -496,6 +543,10 @@ class Rank:
             return torch.cuda.mem_get_info(self._transport.device)
         sharing = self._machines.count(self._machines[self._transport.rank])
         return (available_host_bytes() or 0) // sharing, (total_host_bytes() or 0) // sharing
+
+
+def _shape_of(weights: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+    return tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in weights.items())
 
 
 def _digest(text: str) -> int:

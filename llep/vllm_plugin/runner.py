@@ -22,6 +22,8 @@ from vllm.platforms import current_platform
 
 from llep.config import Mode
 from llep.errors import LlepError, UnsupportedConfiguration
+from llep.planning.policy import plans_replicas
+from llep.vllm_plugin.experts import count_loads
 from llep.vllm_plugin.rank import Rank, RankLayer, RankStep
 
 logger = logging.getLogger("vllm.llep")
@@ -87,6 +89,7 @@ class LeastLoadedMoERunner(MoERunner):  # type: ignore[misc]
                 self._layer = self._rank.add_layer(self.layer_name, self.routed_experts)
             else:
                 self._layer.experts.take_weights()
+                self._rank.weights_taken += 1
 
     def _select_forward(self) -> Callable[..., Any]:
         if self.moe_config.ep_size == 1:
@@ -117,8 +120,11 @@ class LeastLoadedMoERunner(MoERunner):  # type: ignore[misc]
         step = self._rank.begin_layer(self._layer, context, num_tokens)
         if current_platform.is_cpu():
             return step  # vLLM has no working expert parallelism of its own on CPU
-        settings = step.settings
-        is_left_alone = settings.mode is Mode.OFF or step.step.tokens < settings.min_batch_tokens
+        settings, layer = step.settings, self._layer
+        is_small = step.step.tokens < settings.min_batch_tokens
+        is_left_alone = settings.mode is Mode.OFF or (
+            is_small and not plans_replicas(settings, layer.number, layer.placement)
+        )
         return None if is_left_alone else step
 
     def _maybe_dispatch(
@@ -181,6 +187,7 @@ def put_in_place() -> None:
                 f"vLLM's MoERunner.{method} takes {found}, llep knows {expected}: install a tested vLLM, or set "
                 "VLLM_PLUGINS='' to run without llep"
             )
+    count_loads()
     if "MoERunner" not in op_registry_oot:
         MoERunner.register_oot(name="MoERunner")(LeastLoadedMoERunner)
 
