@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -47,8 +46,8 @@ class Revision:
     def digest(self) -> int:
         told = {
             "settings": self.settings.dump(),
-            "placement": msgspec.to_builtins(self.placement),
-            "recording": msgspec.to_builtins(self.recording),
+            "placement": repr(self.placement),
+            "recording": repr(self.recording),
         }
         data = json.dumps(told, sort_keys=True).encode()
         return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1

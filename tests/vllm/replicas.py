@@ -1,0 +1,112 @@
+"""Run by test_replicas.py in a process of its own: a real vLLM engine on two ranks, told one placement after the other.
+
+python -m tests.vllm.replicas MODEL -> JSON: what was said in each phase, and what the ranks reported after it
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from typing import Any
+
+from llep.messages import PROTOCOL, Directive, PlacementOrder, Report, decode_report, encode
+
+EXTENSION = "llep.vllm_plugin.worker.WorkerExtension"
+VOCABULARY = 2048
+LENGTHS = (40, 700, 1, 300)
+MAX_TOKENS = 12
+BALANCING = {"min_batch_tokens": 100_000, "min_chunk_tokens": 8, "imbalance_threshold": 1.05}
+FAST = 1 << 40
+
+
+class Engine:
+    def __init__(self, model: str) -> None:
+        from vllm import LLM, SamplingParams
+
+        self._llm = LLM(
+            model=model,
+            dtype="float32",
+            tensor_parallel_size=2,
+            enable_expert_parallel=True,
+            enforce_eager=True,
+            max_model_len=4096,
+            max_num_batched_tokens=4096,
+            enable_prefix_caching=False,
+            worker_extension_cls=EXTENSION,
+        )
+        self._greedy = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+        self._revision = 0
+        self.tokens = 0
+
+    def tell(self, placement: PlacementOrder | None, **settings: Any) -> None:
+        self._revision += 1
+        directive = Directive(
+            protocol=PROTOCOL,
+            engine="e",
+            revision=self._revision,
+            settings={**BALANCING, **settings},
+            placement=placement,
+        )
+        self._llm.collective_rpc("llep_offer", args=(encode(directive),))
+
+    def say(self) -> list[list[int]]:
+        """Greedy continuations of the prompts, one after the other."""
+        rng = random.Random(0)
+        said = []
+        for length in LENGTHS:
+            prompt: Any = {"prompt_token_ids": [rng.randrange(300, VOCABULARY - 200) for _ in range(length)]}
+            (reply,) = self._llm.generate([prompt], self._greedy, use_tqdm=False)
+            said.append(list(reply.outputs[0].token_ids))
+            self.tokens += length + MAX_TOKENS - 1
+        return said
+
+    def reload(self) -> None:
+        self._llm.collective_rpc("reload_weights")
+
+    def reports(self) -> list[Report]:
+        return [decode_report(data) for data in self._llm.collective_rpc("llep_report")]
+
+
+def main(model: str) -> None:
+    engine = Engine(model)
+    found: dict[str, Any] = {}
+
+    def note(phase: str) -> None:
+        said = engine.say()
+        reports = engine.reports()
+        group = reports[0].group
+        assert group is not None
+        found[phase] = {
+            "said": said,
+            "tokens": engine.tokens,
+            "live": [(r.live_revision, r.live_placement, r.filled_placement) for r in reports],
+            "errors": [r.last_apply_error for r in reports],
+            "replica_bytes": [r.replica_bytes for r in reports],
+            "used_bytes": [r.memory_used_bytes for r in reports],
+            "decisions": group.decisions,
+            "tokens_PL": group.tokens_PL.numpy().tolist(),
+            **{
+                name: getattr(group, name).numpy().sum(axis=2).tolist()
+                for name in ("routed_PLE", "routed_PLR", "computed_PLR")
+            },
+        }
+
+    engine.tell(None, planner="home")
+    note("home")
+    replicas = tuple((layer, expert, 1) for layer in range(2) for expert in range(4))
+    engine.tell(PlacementOrder(2, replicas, FAST))
+    note("placed")
+    engine.tell(PlacementOrder(3, ((0, 0, 0),), FAST))
+    note("refused")
+    engine.tell(PlacementOrder(4, replicas[:3], FAST), min_batch_tokens=16)
+    note("lending too")
+    engine.reload()
+    note("reloaded")
+    engine.tell(None, min_batch_tokens=16)
+    note("rolled back")
+    print("FOUND " + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
