@@ -2,7 +2,7 @@
 
 `make test` runs a short share of each (tests/dist). One JSON line each.
 
-    python -m bench.soak [layer faults] [--steps 1000] [--faults 40] [--append]
+    python -m bench.soak [layer faults changes] [--steps 1000] [--faults 40] [--changes 1000] [--append]
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from bench.record import add_record
 from llep.moe.workspace import Workspace
 from tests.dist.ranks import start_ranks
 from tests.dist.test_layer import hurt, misled, sharded, verified
+from tests.dist.test_replicas import followed
+from tests.following import assert_followed
 
 RANKS, EXPERTS = 4, 16
 HOUR_S = 3600.0
@@ -86,16 +88,48 @@ def soak_faults(faults: int) -> dict[str, Any]:
     }
 
 
+def soak_changes(changes: int) -> list[dict[str, Any]]:
+    """Random changes of settings and placements, at other times on each rank, weights loaded anew among them."""
+    lines = []
+    for layout in ("data-parallel", "tensor-parallel"):
+        start_s = time.monotonic()
+        found = start_ranks(followed, RANKS, changes, 1, layout == "tensor-parallel", timeout_s=HOUR_S)
+        assert_followed(found)
+        first = found[0]
+        lines.append(
+            {
+                "soak": "changes",
+                "layout": layout,
+                "ranks": RANKS,
+                "changes": changes,
+                "refused": len(first.refusals),
+                "revisions_live": len({revision for revision, _, _ in first.live}),
+                "placements_live": len({placement for _, placement, _ in first.live}),
+                "steps": len(first.live),
+                "layer_steps": dict(sorted(first.decisions.items())),
+                "worst_relative_error": max(each.worst for each in found),
+                "seconds": round(time.monotonic() - start_s),
+            }
+        )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("soaks", nargs="*", help="layer, faults; all by default")
+    parser.add_argument("soaks", nargs="*", help="layer, faults, changes; all by default")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--faults", type=int, default=40)
+    parser.add_argument("--changes", type=int, default=1000)
     parser.add_argument("--append", action="store_true", help="keep the lines in bench/results/soak.jsonl")
     arguments = parser.parse_args()
-    for soak in arguments.soaks or ["layer", "faults"]:
-        found = soak_layer(arguments.steps) if soak == "layer" else soak_faults(arguments.faults)
-        add_record("soak", found, append=arguments.append)
+    soaks = {
+        "layer": lambda: [soak_layer(arguments.steps)],
+        "faults": lambda: [soak_faults(arguments.faults)],
+        "changes": lambda: soak_changes(arguments.changes),
+    }
+    for soak in arguments.soaks or soaks:
+        for line in soaks[soak]():
+            add_record("soak", line, append=arguments.append)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import numpy as np
 import pytest
 
 from llep.config import Settings
-from llep.messages import PROTOCOL, Directive
-from llep.moe.agreement import AgreedSettings, RanksDisagree, agreed_step
+from llep.messages import PROTOCOL, Directive, PlacementOrder, RecordingOrder, decode_directive, encode
+from llep.moe.agreement import AgreedSettings, RanksDisagree, Revision, agreed_step
+from llep.moe.replicas import BadPlacement
 
 
 def directive(revision: int, **settings: object) -> Directive:
@@ -88,6 +90,39 @@ def test_cold_settings_stay_as_they_were_at_start() -> None:
     rank = AgreedSettings(Settings(slots_per_rank=2))
     rank.offer(directive(1, slots_per_rank=8, imbalance_threshold=1.1))
     assert (rank.held.settings.slots_per_rank, rank.held.settings.imbalance_threshold) == (2, 1.1)
+
+
+def test_a_revision_is_settings_placement_and_recording_and_its_digest_covers_them() -> None:
+    placement = PlacementOrder(2, ((0, 3, 1),), 1000)
+    recording = RecordingOrder("r", 1e9, 10, 1 << 20)
+    told = msgspec.structs.replace(directive(2), placement=placement, recording=recording)
+    rank = AgreedSettings(Settings())
+    rank.offer(decode_directive(encode(told)))
+    run_step([rank], 1)
+    assert (rank.live.number, rank.live.placement, rank.live.recording) == (2, placement, recording)
+    others = [
+        Revision(2, Settings(), placement, recording),
+        Revision(2, Settings(), None, recording),
+        Revision(2, Settings(), placement, None),
+        Revision(2, Settings(), PlacementOrder(2, ((0, 3, 0),), 1000), recording),
+        Revision(2, Settings(imbalance_threshold=2), placement, recording),
+    ]
+    assert len({other.digest for other in others}) == len(others) and others[0].digest == rank.live.digest
+
+
+def test_a_placement_that_cannot_be_followed_is_refused_and_the_last_good_revision_stays() -> None:
+    def refuse(order: PlacementOrder) -> None:
+        if order.number == 3:
+            raise BadPlacement("placement 3: unknown rank 9")
+
+    rank = AgreedSettings(Settings(), refuse)
+    rank.offer(directive(2, imbalance_threshold=1.7))
+    bad = msgspec.structs.replace(directive(3), placement=PlacementOrder(3, ((0, 0, 9),), 1))
+    rank.offer(bad)
+    assert rank.held.number == 2 and rank.held.settings.imbalance_threshold == 1.7
+    assert rank.last_error == "revision 3: placement 3: unknown rank 9"
+    rank.offer(directive(4))
+    assert rank.held.number == 4 and rank.last_error == ""
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from llep.moe.layer import PhaseTimes
 from llep.moe.verify import is_probe, is_sampled
 from llep.moe.window import PLANS_PER_REPORT, UNMEASURED_STEPS, LayerStep, LoadWindow
 from llep.placement import Placement, ranks_per_node
-from llep.plan import Decision, Plan
+from llep.plan import Decision, Plan, check_plan
 from llep.planning.home import plan_home
-from llep.planning.policy import Step, decide, may_plan
+from llep.planning.policy import Step, decide, may_plan, needs_counts
 
 PREFILL = Step("prefill", 4096)
 
@@ -49,6 +49,34 @@ def test_a_plan_that_does_not_pay_is_not_taken() -> None:
     asked = (settings, PREFILL, 0, counts, placement, 50_000_000)
     assert decide(*asked).decision is Decision.LEND
     assert decide(*asked, cost_model=cost_model("h200")).decision is Decision.NO_GAIN
+
+
+REPLICATED = Placement(Placement.linear(8, 2, 0).home_rank, (4, 4), replicas=((0, 1), (1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "decision"),
+    [
+        (Settings(), Step("prefill", 100), Decision.REPLICA),
+        (Settings(phases="prefill"), Step("decode", 4096), Decision.REPLICA),
+        (Settings(mode="shadow"), Step("prefill", 100), Decision.REPLICA),
+        (Settings(planner="least_loaded"), Step("prefill", 100), Decision.REPLICA),
+        (Settings(planner="home"), Step("prefill", 100), Decision.SMALL_BATCH),
+        (Settings(mode="off"), Step("prefill", 100), Decision.OFF),
+        (Settings(mode="observe"), Step("prefill", 100), Decision.OFF),
+        (Settings(layers="1"), Step("prefill", 100), Decision.OFF),
+        (Settings(imbalance_threshold=3), Step("prefill", 100), Decision.SMALL_BATCH),
+    ],
+)
+def test_where_nothing_is_lent_only_the_placement_acts(settings: Settings, step: Step, decision: Decision) -> None:
+    counts = skewed_counts(2, 8, 100, hot_experts=[0, 1, 2], hot_share=0.9, seed=0)
+    plan = decide(settings, step, 0, counts, REPLICATED, 100)
+    assert plan.decision is decision and not plan.lends
+    if decision is Decision.REPLICA:
+        check_plan(plan, counts.sum(axis=0).tolist())
+        assert needs_counts(settings, step, 0, REPLICATED)
+    plain = Placement.linear(8, 2, 4)
+    assert not needs_counts(settings, step, 0, plain) and decide(settings, step, 0, counts, plain, 100).lends == ()
 
 
 def test_lends_stay_within_a_node_if_told() -> None:
