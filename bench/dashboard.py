@@ -36,6 +36,7 @@ from reporting import Engine
 from running import Running, start
 
 DOCS = Path(__file__).parents[1] / "docs"
+STEP_S = 4
 COLUMN, LINE, GAP = 42, 20, 4  # pixels of Grafana's grid
 COLOURS = ("#3274d9", "#e0752d", "#56a64b", "#e02f44", "#8f3bb8", "#f2cc0c", "#37872d", "#5195ce")
 STYLE = "text{font:11px sans-serif;fill:#222}.t{font-weight:bold}.v{font-size:22px}.s{fill:#666}"
@@ -74,7 +75,7 @@ def play(running: Running, seconds: float) -> None:
     engines = [NaturalEngine("a", "shifting"), NaturalEngine("b", "manuals")]
     started_s = time.monotonic()
     while (part := (time.monotonic() - started_s) / seconds) < 1:
-        engines[0].settings = engines[0].settings.changed({"imbalance_threshold": 9 if 1 / 3 < part < 2 / 3 else 1.1})
+        engines[0].settings = engines[0].settings.changed({"imbalance_threshold": 5 if 1 / 3 < part < 2 / 3 else 1.1})
         for engine in engines:
             engine.next_step("prefill")
             engine.next_step("decode")
@@ -85,7 +86,7 @@ def play(running: Running, seconds: float) -> None:
 def answers(url: str, target: dict[str, Any], seconds: float) -> list[Series]:
     """(legend, points) of one query over the last `seconds`."""
     now_s = time.time()
-    query = {"query": filled(target["expr"]), "start": now_s - seconds, "end": now_s, "step": 1}
+    query = {"query": filled(target["expr"]), "start": now_s - seconds, "end": now_s, "step": STEP_S}
     data = httpx.get(f"{url}/api/v1/query_range", params=query, timeout=20, trust_env=False).json()["data"]["result"]
     return [(legend(target["legendFormat"], row["metric"]), points(row["values"])) for row in data]
 
@@ -132,13 +133,13 @@ def lines(found: list[Series], width: float, height: float, unit: str) -> Iterat
 def cells(found: list[Series], width: float, height: float) -> Iterator[str]:
     high = max((value for _, row in found for _, value in row), default=1) or 1
     start_s, end_s = (pick(at for _, row in found for at, _ in row) for pick in (min, max))
-    tall, wide = height / len(found), width / (end_s - start_s + 1)
+    tall, wide = height / len(found), width / (end_s - start_s + STEP_S)
     for index, (name, row) in enumerate(found):
         y = height - (index + 1) * tall
-        for at, value in row[::2]:
+        for at, value in row:
             x = wide * (at - start_s)
             yield (
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="{2 * wide:.1f}" height="{tall:.1f}" fill="#e0752d" '
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{STEP_S * wide:.1f}" height="{tall:.1f}" fill="#e0752d" '
                 f'fill-opacity="{value / high:.2f}"/>'
             )
         if tall > 9:

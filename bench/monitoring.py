@@ -34,6 +34,7 @@ SCRAPE_S = 5.0  # as in deploy/prometheus
 LOOK_EVERY_S = 0.2
 SETTLE_S = 3 * SCRAPE_S
 RATE = 4.0
+START_S = 1200.0  # of vLLM, where others take the cores
 FAULTS = ("failed", "missed", "doubled")
 COUNTERS = (
     "llep_tokens_total",
@@ -133,7 +134,7 @@ def broken_series(server: Prometheus, window_s: int) -> list[str]:
 def run(model: Path, seconds: int, folder: Path) -> dict[str, Any]:
     settings = {**EAGER_TO_LEND, "LLEP_METRICS_LEVEL": "layer_rank", "LLEP_IMBALANCE_THRESHOLD": "1.1"}
     with Stack(model, folder, *TP_EP, *VLLM, **settings) as stack:
-        stack.wait_until_serving()
+        stack.wait_until_serving(START_S)
         hosts = {"llep": stack.control_plane, "vllm": stack.api}
         targets = {job: url.removeprefix("http://") for job, url in hosts.items()}
         with tallied(stack) as tally, prometheus(folder, targets, rules(), scrape_s=SCRAPE_S) as server:

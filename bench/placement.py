@@ -1,9 +1,10 @@
 """Resident replicas: llep's planner against EPLB on the same windows of loads, judged on the window that follows.
 
 Every round a window is seen, both plan anew, and the next window is split as well as each placement allows. EPLB is
-also judged as it is used, with each expert's load split evenly over its copies. Prints one JSON line a case.
+also judged as it is used, with each expert's load split evenly over its copies. Windows are generated, or those of a
+trained model in vLLM (bench/natural): a step each. Prints one JSON line a case.
 
-    python -m bench.placement [--append]
+    python -m bench.placement [--only natural] [--append]
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bench.natural.compare import TRACES
 from bench.record import add_record
 from llep.generate import Workload, generate_steps
 from llep.placement import Placement
@@ -26,6 +28,7 @@ from llep.planning.peers import copies_of
 from llep.planning.replicas import Forecast, Replica, ReplicaLimits, plan_replicas
 from llep.planning.split import Split
 from llep.shapes import SHAPES, ModelShape
+from llep.traces import Trace
 
 ROUNDS, WARM_UP, WINDOWS_PER_ROUND = 10, 8, 4
 CASES = [
@@ -38,6 +41,12 @@ CASES = [
         "zipf:ratio=2,drift=0.01",
         "hot_set:share=0.5,experts=4",
     )
+]
+NATURAL = "natural:"
+CASES += [
+    ("natural-gpt-oss", ranks, 4, f"{NATURAL}{workload}-{phase}")
+    for ranks in (8, 16)
+    for workload, phase in (("manuals", "prefill"), ("mixed", "prefill"), ("shifting", "prefill"), ("mixed", "decode"))
 ]
 Loads = npt.NDArray[np.int64]
 
@@ -110,9 +119,10 @@ def _split(loads_E: Loads, home_E: Loads, copies: list[tuple[int, int]], ranks: 
 
 
 def run(model: str, ranks: int, layers: int, workload: str, append: bool) -> None:
-    shape = replace(SHAPES[model], layer_numbers=tuple(range(layers)))
+    natural = Trace(TRACES / workload.removeprefix(NATURAL)) if workload.startswith(NATURAL) else None
+    shape = natural.shape if natural else replace(SHAPES[model], layer_numbers=tuple(range(layers)))
     for planner in (Llep(shape, ranks), Eplb(shape, ranks)):
-        windows = _windows(shape, ranks, workload)
+        windows = _natural_windows(natural) if natural else _windows(shape, ranks, workload)
         for _ in range(WARM_UP):
             planner.see(next(windows))
         moved, seconds, ratios = [], [], []
@@ -153,9 +163,15 @@ def _windows(shape: ModelShape, ranks: int, workload: str) -> Iterator[Loads]:
     return (step.counts_LRE.sum(axis=1) for step in steps)
 
 
+def _natural_windows(trace: Trace) -> Iterator[Loads]:
+    return (step.counts_LRE.sum(axis=1) for step in trace.steps())
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--append", action="store_true", help="add the lines to bench/results/placement.jsonl")
+    parser.add_argument("--only", default="", help="only cases whose workload begins so")
     chosen = parser.parse_args()
     for each in CASES:
-        run(*each, chosen.append)
+        if each[-1].startswith(chosen.only):
+            run(*each, chosen.append)

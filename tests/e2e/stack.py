@@ -95,12 +95,12 @@ class Stack:
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_until_serving(self) -> None:
+    def wait_until_serving(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Until `llep serve` says so."""
-        deadline_s = time.monotonic() + START_TIMEOUT_S
+        deadline_s = time.monotonic() + timeout_s
         while "Ctrl-C ends everything" not in self.said():
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.said()[-6000:]}"
-            assert time.monotonic() < deadline_s, f"not ready within {START_TIMEOUT_S} s:\n{self.said()[-6000:]}"
+            assert time.monotonic() < deadline_s, f"not ready within {timeout_s} s:\n{self.said()[-6000:]}"
             time.sleep(0.5)
         self.family.alive()
 
