@@ -10,14 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 
 from llep.config import MetricsLevel, Settings
 from llep.errors import LlepError
 from llep.messages import EngineSnapshot, SchedulerSnapshot
 from llep_server.families import FAMILIES, SCHEDULER_FAMILIES, hottest
-from llep_server.samples import LEVELS, Level, Sample, ScrapedEngine, add
+from llep_server.samples import LEVELS, Level, Sample, ScrapedEngine, Shown
 from llep_server.scheduler import Scheduler
 from llep_server.text import encode
 
@@ -38,7 +38,7 @@ class Exposition:
         self._lock = asyncio.Lock()
         self._hot = HotExperts()
         self._made_at = -KEEP_S
-        self._metrics: list[Metric] = []
+        self._shown: list[Shown] = []
         self._pages: dict[str, bytes] = {}
         self._dropped: dict[str, int] = {}
 
@@ -49,24 +49,22 @@ class Exposition:
         async with self._lock:
             await self._refresh()
             if content_type not in self._pages:
-                self._pages[content_type] = await asyncio.to_thread(
-                    encode, self._metrics, is_openmetrics=is_openmetrics
-                )
+                self._pages[content_type] = await asyncio.to_thread(encode, self._shown, is_openmetrics=is_openmetrics)
             return self._pages[content_type], content_type
 
-    async def metrics(self) -> list[Metric]:
+    async def shown(self) -> list[Shown]:
         """What is on the page."""
         async with self._lock:
             await self._refresh()
-            return self._metrics
+            return self._shown
 
     async def _refresh(self) -> None:
         if time.monotonic() - self._made_at >= KEEP_S:
-            self._metrics = await self._collect()
+            self._shown = await self._collect()
             self._pages.clear()
             self._made_at = time.monotonic()
 
-    async def _collect(self) -> list[Metric]:
+    async def _collect(self) -> list[Shown]:
         try:
             snapshot = await self._scheduler.snapshot()
         except LlepError as error:
@@ -74,10 +72,10 @@ class Exposition:
             return [_scheduler_gauge("llep_scheduler_up", False)]
         return await asyncio.to_thread(self._build, snapshot)
 
-    def _build(self, snapshot: SchedulerSnapshot) -> list[Metric]:
+    def _build(self, snapshot: SchedulerSnapshot) -> list[Shown]:
         engines = [self._hot.state_of(engine, snapshot.time_s) for engine in snapshot.engines if engine.reports]
         self._hot.forget_all_but(engine.engine for engine in snapshot.engines)
-        metrics, dropped = build(engines)
+        shown, dropped = build(engines)
         for engine, levels in dropped.items():
             if levels > self._dropped.get(engine, 0):
                 logger.warning(
@@ -90,7 +88,7 @@ class Exposition:
         return [
             _scheduler_gauge("llep_scheduler_up", True),
             _scheduler_gauge("llep_scheduler_store_open", is_open),
-            *metrics,
+            *shown,
         ]
 
 
@@ -124,9 +122,9 @@ class HotExperts:
         return hottest(routed_LE - baselines[0][1], HOT_PLACES)
 
 
-def build(engines: Sequence[ScrapedEngine]) -> tuple[list[Metric], dict[str, int]]:
+def build(engines: Sequence[ScrapedEngine]) -> tuple[list[Shown], dict[str, int]]:
     """All families that have a sample, each engine within its metrics_max_series; and the levels dropped by engine."""
-    metrics = {family.name: family.empty() for family in FAMILIES}
+    shown = {family.name: family.shown() for family in FAMILIES}
     dropped: dict[str, int] = {}
     for engine in engines:
         samples, level, wanted = _samples_within_budget(engine)
@@ -136,9 +134,10 @@ def build(engines: Sequence[ScrapedEngine]) -> tuple[list[Metric], dict[str, int
         for family in FAMILIES:
             if family.level > level:
                 continue
-            for labels, value in family.read(engine) if family.level is Level.ALWAYS else samples[family.name]:
-                add(metrics[family.name], (*names, *labels), value)
-    return [metric for metric in metrics.values() if metric.samples], dropped
+            found = list(family.read(engine)) if family.level is Level.ALWAYS else samples[family.name]
+            if found:
+                shown[family.name].by_engine.append((names, found))
+    return [family for family in shown.values() if family.by_engine], dropped
 
 
 def _samples_within_budget(engine: ScrapedEngine) -> tuple[dict[str, list[Sample]], Level, Level]:
@@ -158,7 +157,5 @@ def _samples_within_budget(engine: ScrapedEngine) -> tuple[dict[str, list[Sample
     return samples, level, wanted
 
 
-def _scheduler_gauge(name: str, value: bool) -> Metric:
-    metric = GaugeMetricFamily(name, SCHEDULER_FAMILIES[name])
-    metric.add_metric((), int(value))
-    return metric
+def _scheduler_gauge(name: str, value: bool) -> Shown:
+    return Shown(name, GaugeMetricFamily, SCHEDULER_FAMILIES[name], (), [((), [((), int(value))])])

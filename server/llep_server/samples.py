@@ -108,11 +108,37 @@ class Family:
             case _:
                 return 1
 
-    def empty(self) -> Metric:
-        return self.kind(self.name, self.help, labels=(*ENGINE_LABELS, *self.labels))  # type: ignore[call-arg]
+    def shown(self) -> Shown:
+        """Without samples yet."""
+        return Shown(self.name, self.kind, self.help, self.labels, [])
 
 
-def add(metric: Metric, labels: Sequence[str], value: Value) -> None:
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A family on the page: the samples of each engine, after that engine's own labels (none for the scheduler's)."""
+
+    name: str
+    kind: type[Metric]
+    help: str
+    labels: tuple[str, ...]  # of the samples, after those of the engine
+    by_engine: list[tuple[tuple[str, ...], Sequence[Sample]]]
+
+    @property
+    def all_labels(self) -> tuple[str, ...]:
+        """Names of the labels that each series has."""
+        has_engines = any(names for names, _ in self.by_engine)
+        return (*(ENGINE_LABELS if has_engines else ()), *self.labels)
+
+    def metric(self) -> Metric:
+        """As prometheus_client has it."""
+        metric = self.kind(self.name, self.help, labels=self.all_labels)  # type: ignore[call-arg]
+        for names, samples in self.by_engine:
+            for labels, value in samples:
+                _add(metric, (*names, *labels), value)
+        return metric
+
+
+def _add(metric: Metric, labels: Sequence[str], value: Value) -> None:
     match metric, value:
         case HistogramMetricFamily(), Bucketed(histogram, bounds):
             names = [*map(str, bounds), "+Inf"]

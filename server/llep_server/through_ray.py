@@ -38,7 +38,7 @@ async def _keep_sending(exposition: Exposition, caller: Caller) -> None:
     """Every EVERY_S, until cancelled. Without a way to Ray there is nobody to tell: the next time is tried again."""
     while True:
         await asyncio.sleep(EVERY_S)
-        families = flat(await exposition.metrics())
+        families = flat(shown.metric() for shown in await exposition.shown())
         try:
             await caller.call(SET_RAY_METRICS, families=families, timeout_s=TIMEOUT_S)
         except LlepError as error:

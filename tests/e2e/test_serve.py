@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from bench.monitoring import COUNTERS, tallied
 from llep.monitoring.dashboards import dashboards
 from llep.monitoring.rules import rules
 from tests.e2e.client import PROBE, Client, assert_counts_are_exact, by_rank, is_all_counted, prompts
@@ -194,7 +195,7 @@ def test_every_panel_of_the_dashboard_has_data(stack: Stack, client: Client, tmp
     targets = {"llep": stack.control_plane, "vllm": stack.api}
     hosts = {job: url.removeprefix("http://") for job, url in targets.items()}
     words_left = iter(prompts(400, words=40, seed=5))
-    with prometheus(tmp_path, hosts, rules()) as watcher:
+    with prometheus(tmp_path, hosts, rules()) as watcher, tallied(stack) as tally:
         with Traffic(lambda: client.complete(next(words_left), max_tokens=4)) as traffic:
             for query in panel_queries(dashboards()["llep-overview.json"]):
                 stack.wait_for(lambda query=query: watcher.has_data(query.expr), 60)
@@ -203,6 +204,9 @@ def test_every_panel_of_the_dashboard_has_data(stack: Stack, client: Client, tmp
         time.sleep(2.0)  # until it has been scraped again
         assert watcher.value("sum(llep_rank_computed_tokens_total)") == client.tokens * TOP_K * LAYERS
         assert watcher.value("llep_tokens_total") == client.tokens
+        # A short share of bench.monitoring: what reports add up to is what Prometheus holds.
+        stack.wait_for(lambda: tally.totals["llep_tokens_total"] == client.tokens, 30)
+        assert {name: watcher.value(f"sum({name})") for name in COUNTERS} == tally.totals
     stack.patch(metrics_level=None)
 
 

@@ -25,7 +25,7 @@ from llep_server.config import ServerConfig
 from llep_server.families import FAMILIES, SCHEDULER_FAMILIES, hottest
 from llep_server.metrics import KEEP_S, HotExperts, build
 from llep_server.reference import markdown
-from llep_server.samples import ENGINE_LABELS, Level
+from llep_server.samples import ENGINE_LABELS, Level, ScrapedEngine
 from llep_server.text import encode
 from tests.ops.tools import tool
 
@@ -67,12 +67,16 @@ def snapshot_of(engine: Engine) -> EngineSnapshot:
     )
 
 
+def metrics_of(engine: ScrapedEngine) -> list[Metric]:
+    return [shown.metric() for shown in build([engine])[0]]
+
+
 def families_of(engine: Engine) -> Scrape:
     """What is shown once the engine has done one more step than at the scrape before."""
     hot = HotExperts()
     hot.state_of(snapshot_of(engine), now_s=0.0)
     engine.run()
-    return Scrape(build([hot.state_of(snapshot_of(engine), now_s=1.0)])[0])
+    return Scrape(metrics_of(hot.state_of(snapshot_of(engine), now_s=1.0)))
 
 
 def test_sums_are_those_of_the_engines(running: Running) -> None:
@@ -267,15 +271,15 @@ def test_openmetrics_too(running: Running) -> None:
 def test_the_text_is_what_prometheus_client_would_write(accept: str) -> None:
     engine = Engine(name='a"b\\c\n', start={"metrics_level": "layer_rank"}, errors={"transport/timeout": 2})
     engine.run()
-    metrics, _ = build([HotExperts().state_of(snapshot_of(engine), now_s=0.0)])
+    shown, _ = build([HotExperts().state_of(snapshot_of(engine), now_s=0.0)])
 
     class Collected(Collector):
         def collect(self) -> list[Metric]:
-            return metrics
+            return [family.metric() for family in shown]
 
     encoder, content_type = choose_encoder(accept)
     theirs = [sorted_labels(line) for line in encoder(Collected()).decode().splitlines()]
-    ours = encode(metrics, is_openmetrics=bool(accept)).decode().splitlines()
+    ours = encode(shown, is_openmetrics=bool(accept)).decode().splitlines()
     assert [sorted_labels(line) for line in ours] == theirs
     assert content_type.startswith("application/openmetrics-text") == bool(accept)
 
@@ -415,7 +419,7 @@ def test_an_engine_whose_rank_0_is_silent_shows_what_the_others_know() -> None:
     snapshot = snapshot_of(engine)
     silent = msgspec.structs.replace(snapshot, reports={1: snapshot.reports[1]})
     state = HotExperts().state_of(silent, now_s=0.0)
-    page = Scrape(build([state])[0])
+    page = Scrape(metrics_of(state))
     assert page.sum("llep_memory_budget_bytes", ep_rank="1") == 4 * BYTES_PER_SLOT
     assert not page.has("llep_rank_computed_tokens_total")
 
