@@ -53,16 +53,6 @@ def note(request: Request, **fields: str | int) -> None:
     request.scope["state"].setdefault("log", {}).update(fields)
 
 
-async def engine_or_only(
-    scheduler: Annotated[Scheduler, Depends(_scheduler)],
-    engine: Annotated[
-        str | None, Query(description="which engine; not needed while there is only one", max_length=MAX_NAME)
-    ] = None,
-) -> str:
-    """The engine named; without a name the only one there is."""
-    return engine if engine is not None else await only_engine(scheduler)
-
-
 async def only_engine(scheduler: Scheduler) -> str:
     """The one engine that has reported. Raises InvalidRequest if there are several or none."""
     names = [view.id for view in await scheduler.engines()]
@@ -74,7 +64,9 @@ async def only_engine(scheduler: Scheduler) -> str:
 
 SchedulerDep = Annotated[Scheduler, Depends(_scheduler)]
 AuthorDep = Annotated[str, Depends(author)]
-EngineDep = Annotated[str, Depends(engine_or_only)]
+OneEngineQuery = Annotated[
+    str | None, Query(description="which engine; not needed while there is only one", max_length=MAX_NAME)
+]
 EngineQuery = Annotated[str | None, Query(description="only this engine", max_length=MAX_NAME)]
 EnginesQuery = Annotated[
     list[str] | None, Query(description="only these engines (repeat it); without it all, also those still to come")

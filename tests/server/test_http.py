@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import time
 from typing import Any
 
 import httpx
+import pyarrow.parquet
 import pytest
 from reporting import Engine
 from running import Running
@@ -324,3 +327,91 @@ def test_strangers_host_is_refused_on_an_open_loopback(unchanged: Running) -> No
     error_of(response, 403, "foreign_host")
     for host in ("localhost:1", "127.0.0.1", "[::1]:80"):
         assert unchanged.http.get("/livez", headers={"Host": host}).status_code == 200
+
+
+def test_what_is_about_one_engine_needs_its_name_only_where_there_are_several(running: Running) -> None:
+    paths = ("/v1/loads/history", "/v1/loads/matrix", "/v1/loads/hot", "/v1/plans/1")
+    for path in paths:
+        error = error_of(running.http.get(path), 422, "invalid_request")
+        assert error["param"] == "engine" and "none has reported" in error["message"]
+    engine = Engine()
+    running.report(engine)
+    for _ in range(3):
+        engine.run()
+        running.report(engine)
+    for path in paths[:3]:
+        assert running.http.get(path).status_code == 200, path
+        assert running.http.get(path, params={"engine": "tiny"}).status_code == 200, path
+        error_of(running.http.get(path, params={"engine": "tin"}), 404, "unknown_engine")
+    error_of(running.http.get("/v1/plans/4611686018427387904"), 404, "unknown_plan")
+    running.report(Engine(name="other"))
+    for path in paths:
+        assert "other, tiny" in error_of(running.http.get(path), 422, "invalid_request")["message"]
+
+
+def test_matrices_in_every_format_say_the_same(running: Running) -> None:
+    engine = Engine()
+    running.report(engine)
+    engine.run()
+    running.report(engine)
+    for by, stage in (("rank", "before"), ("rank", "after"), ("expert", "before")):
+        query = {"by": by, "stage": stage, "window_s": 60}
+        matrix = running.http.get("/v1/loads/matrix", params=query).json()
+        assert matrix["layers"] == [1, 2, 5] and sum(map(sum, matrix["values"])) == 1024 * 4 * 3
+        answer = running.http.get("/v1/loads/matrix", params={**query, "format": "csv"})
+        assert answer.headers["content-type"] == "text/csv; charset=utf-8"
+        rows = list(csv.DictReader(io.StringIO(answer.text)))
+        flat = [value for row in matrix["values"] for value in row]
+        assert [int(row["tokens"]) for row in rows] == flat
+        table = running.http.get("/v1/loads/matrix", params={**query, "format": "parquet"})
+        assert f"llep-{by}-{stage}.parquet" in table.headers["content-disposition"]
+        assert pyarrow.parquet.read_table(io.BytesIO(table.content)).to_pydict()["tokens"] == flat
+    error_of(running.http.get("/v1/loads/matrix?by=expert&stage=after"), 422, "invalid_setting")
+    error_of(running.http.get("/v1/loads/matrix?by=layer"), 422, "invalid_request")
+
+
+def test_revisions_are_listed_and_taken_back(running: Running) -> None:
+    for watchdog_s in (30, 40, 50):
+        running.http.patch("/v1/settings", params={"reason": f"to {watchdog_s}"}, json={"watchdog_s": watchdog_s})
+    first = running.http.get("/v1/settings/revisions", params={"limit": 2}).json()
+    rest = running.http.get("/v1/settings/revisions", params={"limit": 2, "cursor": first["next_cursor"]}).json()
+    assert [revision["number"] for revision in first["data"] + rest["data"]] == [3, 2, 1]
+    assert first["data"][0]["reason"] == "to 50" and first["data"][0]["author"] == "anonymous@127.0.0.1"
+    assert first["data"][0]["diff"] == {"watchdog_s": [40, 50]}
+    body = {"revision": 1, "reason": "better then"}
+    error_of(
+        running.http.post("/v1/settings/rollback", json=body, headers={"If-Match": '"2"'}), 412, "revision_conflict"
+    )
+    dry = running.http.post("/v1/settings/rollback", json={**body, "dry_run": True}).json()
+    assert dry["diff"] == {"watchdog_s": [50, 30]} and dry["revision"] == 3
+    back = running.http.post("/v1/settings/rollback", json=body, headers={"If-Match": '"3"'})
+    assert back.json()["revision"] == 4 and back.headers["ETag"] == '"4"'
+    assert value_of(running.http.get("/v1/settings").json(), "watchdog_s") == 30
+    error_of(running.http.post("/v1/settings/rollback", json={"revision": 99}), 404, "unknown_revision")
+
+
+def test_events_of_an_engine_and_of_a_kind(running: Running) -> None:
+    running.report(Engine())
+    running.report(Engine(name="other"))
+    running.http.put("/v1/mode", json={"mode": "observe"})
+    kinds = [e["kind"] for e in running.http.get("/v1/events?kind=mode&kind=engine_up").json()["data"]]
+    assert set(kinds) == {"mode", "engine_up"}
+    of_tiny = running.http.get("/v1/events?engine=tiny").json()["data"]
+    assert of_tiny and {event["engine"] for event in of_tiny} == {"tiny"}
+    error_of(running.http.get("/v1/events?kind=gossip"), 422, "invalid_request")
+
+
+def test_placement_advice_and_decisions(running: Running) -> None:
+    running.report(Engine(start={"replicas": "suggest"}))
+    (view,) = running.http.get("/v1/placement").json()["data"]
+    assert (view["engine"], view["state"], view["replicas"]) == ("tiny", "none", [])
+    suggestion = running.http.post("/v1/placement/suggest")
+    assert suggestion.status_code in (200, 422)  # 422: an engine without room for copies
+    for body in ({"replicas": [{"layer": 1, "expert": 0, "rank": 7}]}, {"engine": "tiny", "replicas": []}):
+        answer = running.http.post("/v1/placement/apply", json={**body, "dry_run": True})
+        assert answer.status_code in (200, 422), answer.text
+    error_of(running.http.post("/v1/placement/apply", json={"replicas": [[1, 0, 1]]}), 422, "invalid_request")
+    error_of(running.http.post("/v1/placement/rollback", json={}), 422, "placement_refused")
+    (advice,) = running.http.get("/v1/advice").json()["data"]
+    assert advice["verdict"] in ("worth_it", "not_worth_it", "not_enough_evidence")
+    assert running.http.get("/v1/decisions?engine=tiny").status_code == 200

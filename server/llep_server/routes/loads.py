@@ -8,7 +8,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 
 from llep.views import EngineLoads, HistoryPoint, HotExpert, LoadMatrix
 from llep_server import tables
-from llep_server.depends import EngineDep, EngineQuery, SchedulerDep, WindowQuery
+from llep_server.depends import EngineQuery, OneEngineQuery, SchedulerDep, WindowQuery, only_engine
 from llep_server.errors import describe
 from llep_server.schemas import Page
 from llep_server.stream import MAX_EVENT_ID, Broadcast, EventStream
@@ -31,12 +31,12 @@ async def get_loads(
 @router.get("/loads/history", responses=describe(404))
 async def get_history(
     scheduler: SchedulerDep,
-    engine: EngineDep,
+    engine: OneEngineQuery = None,
     window_s: WindowQuery = 900,
     step_s: Annotated[float, Query(ge=1, le=600, allow_inf_nan=False, description="seconds between points")] = 10,
 ) -> Page[HistoryPoint]:
     """Loads of one engine back in time, oldest first: a point per step_s."""
-    return Page(data=await scheduler.history(engine, window_s, step_s))
+    return Page(data=await scheduler.history(engine or await only_engine(scheduler), window_s, step_s))
 
 
 @router.get(
@@ -46,7 +46,7 @@ async def get_history(
 )
 async def get_matrix(
     scheduler: SchedulerDep,
-    engine: EngineDep,
+    engine: OneEngineQuery = None,
     by: Annotated[Literal["rank", "expert"], Query(description="what the columns are")] = "rank",
     stage: Annotated[
         Literal["before", "after"],
@@ -57,19 +57,19 @@ async def get_matrix(
     format: Annotated[tables.Format, Query(description="csv and parquet: a row per layer and column")] = "json",
 ) -> Response:
     """Pairs by layer and rank or expert over the window: layers x N."""
-    matrix = await scheduler.matrix(engine, by, stage, window_s, phase)
+    matrix = await scheduler.matrix(engine or await only_engine(scheduler), by, stage, window_s, phase)
     return await tables.respond(matrix, format)
 
 
 @router.get("/loads/hot", responses=describe(404))
 async def get_hot(
     scheduler: SchedulerDep,
-    engine: EngineDep,
+    engine: OneEngineQuery = None,
     limit: Annotated[int, Query(ge=1, le=500, description="how many")] = 10,
     window_s: WindowQuery = 60,
 ) -> Page[HotExpert]:
     """The hottest experts: layer, share of its pairs, home rank, replicas, and for how long it has been hot."""
-    return Page(data=await scheduler.hot(engine, limit, window_s))
+    return Page(data=await scheduler.hot(engine or await only_engine(scheduler), limit, window_s))
 
 
 @router.get(

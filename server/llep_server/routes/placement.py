@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 
 from llep.views import PlacementSuggestion, PlacementView
-from llep_server.depends import AuthorDep, EngineDep, EngineQuery, SchedulerDep, note, only_engine
+from llep_server.depends import AuthorDep, EngineQuery, OneEngineQuery, SchedulerDep, note, only_engine
 from llep_server.errors import describe
 from llep_server.schemas import Page, PlacementChange, PlacementRollback
 
@@ -19,9 +19,9 @@ async def get_placement(scheduler: SchedulerDep, engine: EngineQuery = None) -> 
 
 
 @router.post("/placement/suggest", responses=describe(404))
-async def suggest_placement(scheduler: SchedulerDep, engine: EngineDep) -> PlacementSuggestion:
+async def suggest_placement(scheduler: SchedulerDep, engine: OneEngineQuery = None) -> PlacementSuggestion:
     """What the scheduler would do now, and what it is worth. Changes nothing."""
-    return await scheduler.placement_suggest(engine)
+    return await scheduler.placement_suggest(engine or await only_engine(scheduler))
 
 
 @router.post("/placement/apply", responses=describe(400, 404, 408, 413, 415))

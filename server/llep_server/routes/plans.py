@@ -7,7 +7,16 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Request
 
 from llep.views import PlanView
-from llep_server.depends import MAX_ID, CursorQuery, EngineDep, EngineQuery, LimitQuery, SchedulerDep, page_of
+from llep_server.depends import (
+    MAX_ID,
+    CursorQuery,
+    EngineQuery,
+    LimitQuery,
+    OneEngineQuery,
+    SchedulerDep,
+    only_engine,
+    page_of,
+)
 from llep_server.errors import describe, require_json
 from llep_server.schemas import Page, Simulation
 from llep_server.simulation import Simulator, simulation_schema
@@ -25,10 +34,12 @@ async def list_plans(
 
 @router.get("/plans/{id}", responses=describe(404))
 async def get_plan(
-    scheduler: SchedulerDep, id: Annotated[int, Path(ge=0, le=MAX_ID, description="the plan's id")], engine: EngineDep
+    scheduler: SchedulerDep,
+    id: Annotated[int, Path(ge=0, le=MAX_ID, description="the plan's id")],
+    engine: OneEngineQuery = None,
 ) -> PlanView:
     """One sampled layer-step of an engine."""
-    return await scheduler.plan(engine, id)
+    return await scheduler.plan(engine or await only_engine(scheduler), id)
 
 
 @router.post(

@@ -1,0 +1,309 @@
+"""Does the control plane answer in time while engines report and streams are open, and does its memory stay flat?
+
+`python -m bench.server --append` adds a line to bench/results/server.jsonl; `--minutes 10` for the long run. The
+control plane runs as its own process on one core, as `python -m llep_server` does. Another process plays the scheduler,
+real but without Ray, to which engines of 58 x 256 report once a second. Streams and requests come from this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench.record import add_record
+from llep.errors import ERRORS_BY_CODE, LlepError
+from llep.messages import encode
+from llep.scheduler.client import read_frame, write_frame
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "server"))
+from reporting import Engine
+
+ENGINES, RANKS, LAYERS, EXPERTS = 8, 8, 58, 256
+STREAMS = 100
+REQUESTS_PER_S = 200
+CONNECTIONS = 32
+MEMORY_EVERY_S = 5.0
+# The read endpoints and how often each is asked, as a page with its tables and a few scripts do.
+PATHS = {
+    "/v1/engines": 15,
+    "/v1/engines/engine-3": 10,
+    "/v1/settings": 10,
+    "/v1/settings?engine=engine-1": 5,
+    "/v1/settings/schema": 5,
+    "/v1/settings/revisions": 5,
+    "/v1/loads?window_s=10": 15,
+    "/v1/loads?window_s=60&engine=engine-2": 10,
+    "/v1/loads/history?engine=engine-4&window_s=300&step_s=5": 5,
+    "/v1/loads/matrix?engine=engine-5&by=rank&stage=after": 5,
+    "/v1/loads/matrix?engine=engine-6&by=expert": 2,
+    "/v1/loads/hot?engine=engine-7&limit=20": 3,
+    "/v1/plans": 2,
+    "/v1/placement": 3,
+    "/v1/advice": 2,
+    "/v1/decisions": 3,
+    "/v1/recordings": 2,
+    "/v1/operations": 2,
+    "/v1/events": 10,
+    "/livez": 5,
+    "/readyz": 3,
+    "/metrics": 1,
+}
+
+
+class Caller:
+    """Asks the scheduler's process over a socket, as the client of the control plane asks its bridge."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._number = 0
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def call(self, method: str, **arguments: Any) -> Any:
+        if self._writer is None:
+            reader, self._writer = await asyncio.open_unix_connection(self._path)
+            self._hearing = asyncio.create_task(self._hear(reader))
+        self._number += 1
+        answered = self._waiting[self._number] = asyncio.get_running_loop().create_future()
+        write_frame(self._writer, [self._number, method, arguments])
+        answer = await answered
+        if "error" in answer:
+            raise ERRORS_BY_CODE.get(answer["error"], LlepError)(answer["message"])
+        return answer["value"]
+
+    async def _hear(self, reader: asyncio.StreamReader) -> None:
+        while True:
+            number, answer = msgspec.msgpack.decode(await read_frame(reader))
+            self._waiting.pop(number).set_result(answer)
+
+
+async def play_scheduler(path: str, state: str, engines: int) -> None:
+    """The real scheduler behind a socket, and engines that report to it once a second."""
+    from llep.scheduler.actor import Scheduler
+
+    scheduler = Scheduler(state)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def answer(number: int, method: str, arguments: dict[str, Any]) -> None:
+            try:
+                said = {"value": await getattr(scheduler, method)(**arguments)}
+            except LlepError as error:
+                said = {"error": error.code, "message": error.message}
+            write_frame(writer, [number, said])
+
+        tasks: set[asyncio.Task[None]] = set()
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                task = asyncio.create_task(answer(*msgspec.msgpack.decode(await read_frame(reader))))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+
+    running = [
+        Engine(name=f"engine-{index}", ep_size=RANKS, layer_numbers=tuple(range(3, 3 + LAYERS)), num_experts=EXPERTS)
+        for index in range(engines)
+    ]
+    for engine in running:
+        for _ in range(2):
+            engine.run(tokens=4096)
+            refused = (await scheduler.report([encode(report) for report in engine.reports()], 0))["refused"]
+            assert not refused, refused
+    async with await asyncio.start_unix_server(serve, path):
+        print("ready", flush=True)
+        while True:
+            started_s = time.monotonic()
+            for number, engine in enumerate(running):
+                engine.steps["prefill"] += 1
+                engine.routed_PLE[0, :, number] += 64  # counts go on without the time that a planner takes
+                engine.tokens_PL += 64
+                await scheduler.report([encode(report) for report in engine.reports()], 0)
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(max(1.0 - (time.monotonic() - started_s), 0.0))
+
+
+def serve_control_plane(path: str) -> None:
+    """The control plane on a free port, which is printed."""
+    import uvicorn
+
+    from llep_server.app import create_app
+    from llep_server.config import ServerConfig
+    from llep_server.connections import UVICORN_OPTIONS
+
+    os.sched_setaffinity(0, {0})
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        print(listener.getsockname()[1], flush=True)
+        app = create_app(ServerConfig(), Caller(path))
+        uvicorn.Server(uvicorn.Config(app, **UVICORN_OPTIONS)).run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def child(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process of this module, and the first line that it prints."""
+    command = [sys.executable, "-m", "bench.server", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.terminate()
+            process.wait(timeout=20)
+
+
+class Connection:
+    """One keep-alive connection; a small client, so that what is measured is the server."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def get(self, path: str) -> int:
+        """The status, once the whole body is here."""
+        if self._streams is None:
+            self._streams = await asyncio.open_connection("127.0.0.1", self._port)
+        reader, writer = self._streams
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        head = await reader.readuntil(b"\r\n\r\n")
+        lines = head.decode("latin-1").lower().split("\r\n")
+        length = next(int(line.partition(":")[2]) for line in lines if line.startswith("content-length:"))
+        await reader.readexactly(length)
+        return int(lines[0].split()[1])
+
+
+@asynccontextmanager
+async def streams(port: int, count: int) -> AsyncIterator[list[int]]:
+    """So many listeners to /v1/loads/stream; the events that each has heard."""
+    heard = [0] * count
+
+    async def listen(index: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /v1/loads/stream HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        while line := await reader.readline():
+            heard[index] += line.startswith(b"event: loads")
+
+    tasks = [asyncio.create_task(listen(index)) for index in range(count)]
+    try:
+        yield heard
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def ask(port: int, seconds: float, pid: int) -> dict[str, Any]:
+    """REQUESTS_PER_S at a steady beat, whatever the answers take; and the server's memory meanwhile."""
+    paths = random.Random(0).choices(list(PATHS), list(PATHS.values()), k=int(seconds * REQUESTS_PER_S))
+    free: asyncio.Queue[Connection] = asyncio.Queue()
+    for _ in range(CONNECTIONS):
+        free.put_nowait(Connection(port))
+    took_ms: list[tuple[float, str]] = []
+    failed: list[str] = []
+
+    async def one(path: str, due_s: float) -> None:
+        connection = await free.get()
+        try:
+            status = await connection.get(path)
+            # From when it was due: a server that stalls must not make us ask less.
+            took_ms.append(((time.perf_counter() - due_s) * 1e3, path))
+            if status != 200:
+                failed.append(f"{status} {path}")
+        finally:
+            free.put_nowait(connection)
+
+    tasks: set[asyncio.Task[None]] = set()
+    memory: list[int] = []
+    cpu_s, start_s = _cpu_s(pid), time.perf_counter()
+    for number, path in enumerate(paths):
+        due_s = start_s + number / REQUESTS_PER_S
+        await asyncio.sleep(max(due_s - time.perf_counter(), 0))
+        task = asyncio.create_task(one(path, due_s))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        if number % int(MEMORY_EVERY_S * REQUESTS_PER_S) == 0:
+            memory.append(_rss_bytes(pid))
+    await asyncio.gather(*tasks)
+    wall_s = time.perf_counter() - start_s
+    memory.append(_rss_bytes(pid))
+    times = sorted(ms for ms, _ in took_ms)
+    by_path = {path: [ms for ms, asked in took_ms if asked == path] for path in PATHS}
+    slowest = sorted(((_share(sorted(ms), 0.99), path) for path, ms in by_path.items() if ms), reverse=True)[:3]
+    return {
+        "seconds": round(wall_s),
+        "requests": len(times),
+        "requests_per_s": round(len(times) / wall_s, 1),
+        "failed": dict(Counter(failed)),
+        **{f"p{share:g}_ms": round(_share(times, share / 100), 1) for share in (50, 95, 99)},
+        "max_ms": round(times[-1], 1),
+        "slowest_p99_ms": {path: round(ms, 1) for ms, path in slowest},
+        "cpu_share": round((_cpu_s(pid) - cpu_s) / wall_s, 3),
+        # The first quarter fills caches and buffers: flat is what comes after.
+        "rss_mib": [round(memory[at] / 2**20, 1) for at in (0, len(memory) // 4, len(memory) // 2, -1)],
+    }
+
+
+def _share(ordered: list[float], share: float) -> float:
+    return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
+
+
+def _rss_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def measure(port: int, seconds: float, pid: int) -> dict[str, Any]:
+    async with streams(port, STREAMS) as heard:
+        await asyncio.sleep(3)
+        before = list(heard)
+        found = await ask(port, seconds, pid)
+        events = [(after - start) / found["seconds"] for start, after in zip(before, heard, strict=True)]
+    return {
+        **{"engines": ENGINES, "ranks": RANKS, "layers": LAYERS, "experts": EXPERTS, "streams": STREAMS},
+        **found,
+        "events_per_s_and_stream": round(statistics.mean(events), 2),
+    }
+
+
+def run(seconds: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/scheduler"
+        with child("--scheduler", path, "--state", f"{folder}/state"), child("--serve", path) as (server, port):
+            time.sleep(2)
+            return asyncio.run(measure(int(port), seconds, server.pid))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--append", action="store_true", help="add the line to bench/results/server.jsonl")
+    parser.add_argument("--minutes", type=float, default=0.5)
+    parser.add_argument("--scheduler", help=argparse.SUPPRESS)
+    parser.add_argument("--state", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.scheduler:
+        asyncio.run(play_scheduler(arguments.scheduler, arguments.state, ENGINES))
+    elif arguments.serve:
+        serve_control_plane(arguments.serve)
+    else:
+        add_record("server", run(60 * arguments.minutes), append=arguments.append)
+
+
+if __name__ == "__main__":
+    main()
