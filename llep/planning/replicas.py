@@ -95,6 +95,19 @@ class Forecast:
         """Mean pairs of a window."""
         return float(self._weights(layer) @ self.pairs_WL[:, layer])
 
+    def rank_loads(self, layer: int, parts: Parts, num_ranks: int) -> Floats:
+        """Load of each rank in each window [W, R], as a share of the layer's pairs."""
+        share_WE = self.share_WLE[:, layer]
+        cell_WN = np.arange(len(share_WE))[:, None] * num_ranks + parts.rank_N
+        loads_WN = share_WE[:, parts.expert_N] * parts.part_N
+        loads = np.bincount(cell_WN.reshape(-1), loads_WN.reshape(-1), len(share_WE) * num_ranks)
+        return np.asarray(loads.reshape(-1, num_ranks), dtype=np.float64)
+
+    def mean_highest(self, layer: int, loads_WR: Floats) -> float:
+        """Mean over the windows of the highest rank load, with the weights of `gain`."""
+        weights_W = self._weights(layer, min(float(self.smoothing_L[layer]), GAIN_SMOOTHING))
+        return float(weights_W @ loads_WR.max(axis=1))
+
     def gain(self, layer: int, parts: Parts, new_parts: Parts) -> tuple[float, float]:
         """By how much the windows' highest rank load would have been lower, as a share, and the standard error of that.
 
@@ -103,9 +116,10 @@ class Forecast:
         """
         # Forgetting faster than GAIN_SMOOTHING would leave too few windows to tell what is chance.
         weights_W = self._weights(layer, min(float(self.smoothing_L[layer]), GAIN_SMOOTHING))
-        share_WE = self.share_WLE[:, layer]
         squares = float((weights_W**2).sum())
-        before_W, after_W = (self._highest(share_WE, each) for each in (parts, new_parts))
+        num_ranks = int(max(parts.rank_N.max(), new_parts.rank_N.max())) + 1
+        # Not by a matrix product: its threads would fight for cores that serving needs.
+        before_W, after_W = (self.rank_loads(layer, each, num_ranks).max(axis=1) for each in (parts, new_parts))
         gain_W = before_W - after_W
         mean, highest = float(weights_W @ gain_W), float(weights_W @ before_W)
         others = 1.0 / squares - 1.0  # windows' worth besides one: so much is known about the spread
@@ -114,14 +128,6 @@ class Forecast:
         seen = float(weights_W @ (gain_W - mean) ** 2) / (1.0 - squares)
         drawn = highest * max(1.0 - highest, 0.0) / max(self.pairs(layer), 1.0)
         return mean, math.sqrt(max(seen, drawn) * squares) * (1.0 + 1.0 / others)
-
-    def _highest(self, share_WE: Floats, parts: Parts) -> Floats:
-        """Highest rank load [W]. Not by a matrix product: its threads would fight for cores that serving needs."""
-        ranks = int(parts.rank_N.max()) + 1
-        cell_WN = np.arange(len(share_WE))[:, None] * ranks + parts.rank_N
-        loads_WN = share_WE[:, parts.expert_N] * parts.part_N
-        loads = np.bincount(cell_WN.reshape(-1), loads_WN.reshape(-1), len(share_WE) * ranks)
-        return np.asarray(loads.reshape(-1, ranks).max(axis=1), dtype=np.float64)
 
     @cached_property
     def smoothing_L(self) -> Floats:
@@ -265,12 +271,22 @@ class _Layer:
     def losses(self) -> list[tuple[float, int, int]]:
         """(pairs, expert, rank): by how much the windows' highest rank load would be higher without each old copy."""
         if self._losses is None:
-            self._losses = [(self._loss(expert, rank), expert, rank) for expert, rank in sorted(self.old)]
+            loads_WR = self._forecast.rank_loads(self._at, self.split.parts, len(self.split.rank_loads))
+            highest = self._forecast.mean_highest(self._at, loads_WR)
+            self._losses = [
+                (self._highest_without(expert, rank, loads_WR) - highest, expert, rank)
+                for expert, rank in sorted(self.old)
+            ]
+            self._losses = [(loss * self.pairs, expert, rank) for loss, expert, rank in self._losses]
         return self._losses
 
-    def _loss(self, expert: int, rank: int) -> float:
-        without = self.split.without(expert, rank)
-        return self._forecast.gain(self._at, without.parts, self.split.parts)[0] * self.pairs
+    def _highest_without(self, expert: int, rank: int, loads_WR: Floats) -> float:
+        """Only what moves is reckoned anew: this is asked for every copy that is there."""
+        loads_WR = loads_WR.copy()
+        share_WE = self._forecast.share_WLE[:, self._at]
+        for moved, to_rank, part in self.split.without(expert, rank).differing(self.split):
+            loads_WR[:, to_rank] += part * share_WE[:, moved]
+        return self._forecast.mean_highest(self._at, loads_WR)
 
     def add(self, copies: Iterable[tuple[int, int]]) -> None:
         self.split.add(copies)

@@ -8,6 +8,7 @@ Shape letters: E experts, R ranks, N (expert, rank) pairs.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -64,6 +65,17 @@ class Split:
     def _part(self, expert: int, load: float) -> float:
         return load / self._loads[expert] if expert in self._shares and self._loads[expert] else 1.0
 
+    def differing(self, other: Split) -> list[tuple[int, int, float]]:
+        """(expert, rank, part here less part there) wherever the two split the same loads differently."""
+        found = []
+        for expert in self._shares.keys() | other._shares.keys():
+            here, there = (dict(split.shares(expert)) for split in (self, other))
+            if here != there:
+                load = self._loads[expert] or 1.0
+                ranks = sorted(here.keys() | there.keys())
+                found += [(expert, rank, (here.get(rank, 0.0) - there.get(rank, 0.0)) / load) for rank in ranks]
+        return found
+
     def copies(self) -> list[tuple[int, int]]:
         """(expert, rank) of every copy away from home, in order."""
         return [
@@ -115,7 +127,9 @@ class Split:
         that does not get there, or only with copies that carry less than least_load.
         """
         left = list(room_R)
-        spare = {rank: level - load for rank, load in enumerate(self.rank_loads) if left[rank] > 0 and load < level}
+        # Most to spare first, the lowest rank of those with as much.
+        spare = [(load - level, rank) for rank, load in enumerate(self.rank_loads) if left[rank] > 0 and load < level]
+        heapq.heapify(spare)
         new: list[tuple[int, int]] = []
         for source in sorted(range(len(left)), key=lambda rank: -self.rank_loads[rank]):
             excess = self.rank_loads[source] - level
@@ -123,9 +137,12 @@ class Split:
                 break
             for expert in sorted(self._experts_of[source], key=lambda expert: -self._carried(expert, source)):
                 movable, holders = self._carried(expert, source), set(dict(self.shares(expert)))
+                passed = []  # ranks that hold the expert already
                 while excess > 0 and movable > 0:
-                    rank = max((r for r in spare if r not in holders), key=lambda r: spare[r], default=-1)
-                    load = min(excess, movable, spare[rank]) if rank >= 0 else -1.0
+                    while spare and spare[0][1] in holders:
+                        passed.append(heapq.heappop(spare))
+                    minus_spare, rank = spare[0] if spare else (1.0, -1)
+                    load = min(excess, movable, -minus_spare)
                     if load < min(least_load, excess):
                         break
                     new.append((expert, rank))
@@ -133,9 +150,12 @@ class Split:
                     excess -= load
                     movable -= load
                     left[rank] -= 1
-                    spare[rank] -= load
-                    if not left[rank]:
-                        del spare[rank]
+                    if left[rank]:
+                        heapq.heapreplace(spare, (minus_spare + load, rank))
+                    else:
+                        heapq.heappop(spare)
+                for rank_to_spare in passed:
+                    heapq.heappush(spare, rank_to_spare)
                 if excess <= 0 or movable < least_load:
                     break
             if excess > TOLERANCE * level:
@@ -174,6 +194,8 @@ class Split:
         share = self._shares.get(expert)
         if share is None:
             return 0.0
+        if len(share) == 2:
+            return self._level_two(share, self._loads[expert])
         below = sorted((self.rank_loads[rank] - load, rank) for rank, load in share.items())
         height, poured = 0.0, self._loads[expert]
         for filled, (level, _) in enumerate(below, start=1):
@@ -188,3 +210,13 @@ class Split:
             share[rank] = load
             self.rank_loads[rank] = level + load
         return moved
+
+    def _level_two(self, share: dict[int, float], load: float) -> float:
+        """As _level does, of the most usual number of copies."""
+        (first, of_first), (second, of_second) = share.items()
+        rank_loads = self.rank_loads
+        below_first, below_second = rank_loads[first] - of_first, rank_loads[second] - of_second
+        to_first = min(max((load + below_second - below_first) / 2.0, 0.0), load)
+        share[first], share[second] = to_first, load - to_first
+        rank_loads[first], rank_loads[second] = below_first + to_first, below_second + load - to_first
+        return abs(to_first - of_first)

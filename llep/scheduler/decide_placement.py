@@ -29,7 +29,8 @@ HORIZON_S = 600.0  # hot experts are believed to stay for so long
 MARGIN = 2.0  # what is saved must be so many times what moving costs
 SMALLEST_SAVING = 0.002  # of the time inside layers
 LONGEST_MOVE_S = 120.0  # a change that takes longer is cut short; the rest follows in the next
-COOL_DOWN_S = 120.0  # after a change, before the next
+COOL_DOWN_S = 30.0  # after a change, before the next
+NOISE_SIGMAS = 4.0  # a gain is believed from so many standard errors on: asked every 10 s, 2 would err daily
 HEADROOM_RATIO = 0.02  # of a device's memory that stays free
 UNMEASURED_BYTES_PER_S = 1e9  # until a lend has been timed
 
@@ -78,7 +79,10 @@ def suggest(ground: Ground) -> Suggestion:
     size = max(ground.bytes_per_expert, 1)
     most_added = max(int(ground.bytes_per_s * LONGEST_MOVE_S // size), 1) * len(ground.room_R)
     limits = ReplicaLimits(
-        budget_bytes=tuple(room * size for room in ground.room_R), bytes_per_expert=size, max_added=most_added
+        budget_bytes=tuple(room * size for room in ground.room_R),
+        bytes_per_expert=size,
+        max_added=most_added,
+        noise_sigmas=NOISE_SIGMAS,
     )
     return weigh(ground, plan_replicas(ground.forecast, ground.home_rank_LE, ground.present, limits))
 

@@ -12,17 +12,16 @@ import numpy as np
 from llep.config import Replicas, Settings
 from llep.errors import PlacementRefused
 from llep.messages import PlacementOrder
-from llep.planning.replicas import Forecast, Replica
+from llep.planning.replicas import Replica
 from llep.scheduler.changes import check_texts
 from llep.scheduler.core import Core
 from llep.scheduler.decide import Decision
 from llep.scheduler.decide_placement import Ground, Suggestion, refusal, room, suggest
-from llep.scheduler.show_loads import evidence_of
+from llep.scheduler.show_loads import PLACEMENT_WINDOW_S, ground_of
 from llep.scheduler.store import NewDecision, NewEvent, StoredPlacement
 from llep.scheduler.windows import Engine
 from llep.views import EventKind, PlacementSuggestion, PlacementView, ReplicaView
 
-PLACEMENT_WINDOW_S = 300.0
 Copies = tuple[tuple[int, int, int], ...]  # place of the layer, expert, rank
 
 
@@ -120,20 +119,14 @@ class Placements(Core):
         home_rank_LE = engine.home_rank_LE
         if home_rank_LE is None or engine.totals.is_empty:
             raise self._refused_order("no_report: rank 0 of this engine has not reported yet")
-        settings, info = self._settings_of(engine), engine.info
-        _, routed_NLE = engine.totals.routed_windows()
-        pairs_NL = routed_NLE.sum(axis=2)
-        *_, lends_L = engine.totals.experts(PLACEMENT_WINDOW_S)
-        now_s = time.monotonic()
-        return Ground(
-            forecast=Forecast(routed_NLE / np.maximum(pairs_NL, 1.0)[:, :, None], pairs_NL, None),
-            home_rank_LE=home_rank_LE.astype(np.int64),
-            present=tuple(Replica(*copy) for copy in self._present(engine)),
-            room_R=self._room(engine),
-            bytes_per_expert=info.bytes_per_slot,
-            bytes_per_s=settings.replica_bytes_per_s,
-            lends_L=lends_L.astype(np.float64),
-            evidence=evidence_of(engine, PLACEMENT_WINDOW_S, now_s, self._interval_s(engine)),
+        present = (Replica(*copy) for copy in self._present(engine))
+        return ground_of(
+            engine,
+            self._settings_of(engine),
+            present,
+            self._room(engine),
+            time.monotonic(),
+            self._interval_s(engine),
         )
 
     def _room(self, engine: Engine) -> tuple[int, ...]:

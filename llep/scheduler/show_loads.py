@@ -8,8 +8,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from llep.config import Settings
 from llep.loads import imbalance_ratio
 from llep.messages import LAYER_PHASES, STEP_PHASES
+from llep.planning.replicas import Forecast, Replica
+from llep.scheduler.decide_placement import Ground
 from llep.scheduler.evidence import Evidence
 from llep.scheduler.show import ToUnixTime
 from llep.scheduler.totals import DECISIONS, Columns, Window, empty_window
@@ -28,6 +31,7 @@ Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
 MOST_POINTS = 2000
+PLACEMENT_WINDOW_S = 300.0
 Replicas = Iterable[tuple[int, int, int]]
 
 
@@ -215,6 +219,32 @@ def evidence_of(engine: Engine, window_s: float, now_s: float, desired_interval_
         decisions=dict(zip(DECISIONS, window.sum("decisions_D").tolist(), strict=True)),
         predicted_gain_s=window.total("predicted_gain_s"),
         worth_NPW=_worth_windows(engine, window),
+    )
+
+
+def ground_of(
+    engine: Engine,
+    settings: Settings,
+    present: Iterable[Replica],
+    room_R: Sequence[int],
+    now_s: float,
+    desired_interval_s: float = 0.0,
+) -> Ground:
+    """What a placement is planned on. rank 0 of the engine must have reported."""
+    home_rank_LE = engine.home_rank_LE
+    assert home_rank_LE is not None
+    _, routed_NLE = engine.totals.routed_windows()
+    pairs_NL = routed_NLE.sum(axis=2)
+    *_, lends_L = engine.totals.experts(PLACEMENT_WINDOW_S)
+    return Ground(
+        forecast=Forecast(routed_NLE / np.maximum(pairs_NL, 1.0)[:, :, None], pairs_NL, None),
+        home_rank_LE=home_rank_LE.astype(np.int64),
+        present=tuple(present),
+        room_R=tuple(room_R),
+        bytes_per_expert=engine.info.bytes_per_slot,
+        bytes_per_s=settings.replica_bytes_per_s,
+        lends_L=lends_L.astype(np.float64),
+        evidence=evidence_of(engine, PLACEMENT_WINDOW_S, now_s, desired_interval_s),
     )
 
 
