@@ -20,6 +20,10 @@ FLAGS  ?= --tensor-parallel-size 2 --enable-expert-parallel --enforce-eager
 serve: export LLEP_IMBALANCE_THRESHOLD ?= 1.05
 serve: export LLEP_MIN_BATCH_TOKENS ?= 16
 serve: export LLEP_MIN_CHUNK_TOKENS ?= 8
+# Short runs: measure the gain often; and leave room to try resident copies (`llep placement`).
+serve: export LLEP_PROBE_RATIO ?= 0.05
+serve: export LLEP_REPLICAS ?= suggest
+serve: export LLEP_REPLICA_SLOTS_PER_RANK ?= 8
 
 .PHONY: serve test tools check lint types unit bench soak lock clean
 

@@ -127,7 +127,8 @@ def test_what_a_service_mounts_and_waits_for_is_there(name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_settings_of_a_service_are_settings(name: str) -> None:
-    ours = {key: str(value) for key, value in SERVICES[name].get("environment", {}).items() if key.startswith("LLEP_")}
+    environ = SERVICES[name].get("environment", {}).items()
+    ours = {key: re.sub(r"\$\{\w+:-(.*)\}", r"\1", str(value)) for key, value in environ if key.startswith("LLEP_")}
     settings, _ = load_settings(environ=ours)
     assert isinstance(settings, Settings)
 
