@@ -350,6 +350,8 @@ class Rank:
         settings = self.agreed.live.settings
         if self.agreed.live.number != before:
             logger.info("llep: settings revision %d is live from step %d", self.agreed.live.number, self._step_number)
+            if self._recorder is not None:
+                self._recorder.follow(self.agreed.live.recording, settings.record_max_bytes)
         self._replicas.follow(
             self.agreed.live.placement,
             headers[0, CLOCK_US] / 1e6,
