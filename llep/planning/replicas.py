@@ -238,6 +238,7 @@ class _Layer:
         self.old = {(copy.expert, copy.rank) for copy in present}  # those of them that are still there
         self.version = 0
         self._losses: list[tuple[float, int, int]] | None = None
+        self._displaceable: tuple[float, Ids] | None = None
         self._mean = sum(self.split.rank_loads) / len(limits.budget_bytes)
         self._min_gain = limits.min_gain_ratio * self._mean
         self._sigmas = limits.noise_sigmas
@@ -280,6 +281,14 @@ class _Layer:
             self._losses = [(loss * self.pairs, expert, rank) for loss, expert, rank in self._losses]
         return self._losses
 
+    def displaceable(self, below: float) -> Ids:
+        """Old copies on each rank [R] whose loss is below that."""
+        if self._displaceable is None or self._displaceable[0] != below:
+            ranks = [rank for loss, _, rank in self.losses() if loss < below]
+            counts_R = np.bincount(ranks, minlength=len(self.split.rank_loads)).astype(np.int64)
+            self._displaceable = (below, counts_R)
+        return self._displaceable[1]
+
     def _highest_without(self, expert: int, rank: int, loads_WR: Floats) -> float:
         """Only what moves is reckoned anew: this is asked for every copy that is there."""
         loads_WR = loads_WR.copy()
@@ -299,7 +308,7 @@ class _Layer:
 
     def _changed(self) -> None:
         self.version += 1
-        self._losses = None
+        self._losses = self._displaceable = None
 
 
 class _Entry(NamedTuple):
@@ -374,8 +383,7 @@ class _Spending:
         """Copies that each rank has room for, those counted in that may be displaced."""
         room_R = self._room_R.copy()
         for layer in self.layers if displaced_below else ():
-            for loss, _, rank in layer.losses():
-                room_R[rank] += loss < displaced_below
+            room_R += layer.displaceable(displaced_below)
         return room_R
 
     def _fits(self, step: _Step, displaced_below: float) -> bool:

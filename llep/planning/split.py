@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
 SWEEPS = 100
-NEAR_SWEEPS = 3
+NEAR_SWEEPS = 2
 TOLERANCE = 1e-6  # of the mean rank load
 
 
@@ -111,9 +111,15 @@ class Split:
 
     def without(self, expert: int, rank: int) -> Split:
         """Another split, without this copy. Experts that share no rank with this one's copies stay as they are."""
-        other = self._copied()
+        other = object.__new__(Split)
+        other.__dict__.update(self.__dict__)
+        other.rank_loads = list(self.rank_loads)
+        other._experts_of = list(self._experts_of)
+        other._experts_of[rank] = list(self._experts_of[rank])
         around = self._shares[expert].keys()
         near = [each for each, share in self._shares.items() if not share.keys().isdisjoint(around)]
+        # Only what changes is copied: this is asked for every copy that is there.
+        other._shares = {**self._shares, **{each: dict(self._shares[each]) for each in (*near, expert)}}
         other._remove(expert, rank)
         for _ in range(NEAR_SWEEPS):
             for each in near:

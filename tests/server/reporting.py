@@ -190,7 +190,7 @@ class Engine:
             top_k=self.top_k,
             slots_per_rank=self.slots_per_rank,
             bytes_per_slot=BYTES_PER_SLOT,
-            replica_slots_per_rank=0,
+            replica_slots_per_rank=2,
             ranks_per_node=self.ranks_per_node,
             has_cost_model=False,
             max_model_len=4096,

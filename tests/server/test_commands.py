@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -66,6 +67,36 @@ def test_loads_ranks_in_every_format(busy: Running, llep: Llep) -> None:
     assert [int(row["computed_tokens"]) for row in rows] == [rank["computed_tokens"] for rank in loads["ranks"]]
     assert sum(int(row["routed_tokens"]) for row in rows) == 3 * 256 * 4 * 3
     assert "computed_tokens" in outputs["table"].stdout
+
+
+def test_a_placement_is_suggested_applied_and_taken_back(busy: Running, llep: Llep, tmp_path: Path) -> None:
+    def ask(*command: str) -> dict[str, Any]:
+        ended = llep(*command, "-o", "json", LLEP_SERVER=busy.url)
+        assert ended.returncode == OK, ended.stderr
+        found: dict[str, Any] = json.loads(ended.stdout)
+        return found
+
+    assert ask("placement", "suggest", "--engine", "tiny")["added"] == []
+    refused = llep("placement", "apply", LLEP_SERVER=busy.url)
+    assert refused.returncode == ERROR and "off: replicas is off" in refused.stderr
+    ask("settings", "set", "replicas=suggest")
+    copies = tmp_path / "copies.json"
+    copies.write_text(json.dumps([{"layer": 5, "expert": 0, "rank": 1}]))
+    trial = ask("placement", "apply", "--file", str(copies), "--dry-run")
+    assert (trial["number"], trial["used_slots"]) == (0, [0, 1])
+    assert ask("placement", "apply", "--file", str(copies), "--reason", "to try")["number"] == 2
+    table = llep("placement", "show", LLEP_SERVER=busy.url)
+    assert table.returncode == OK and "tiny" in table.stdout and "suggest" in table.stdout
+    assert ask("placement", "rollback")["replicas"] == []
+    copies.write_text("[{")
+    assert llep("placement", "apply", "--file", str(copies), LLEP_SERVER=busy.url).returncode == USAGE
+
+
+def test_advice(busy: Running, llep: Llep) -> None:
+    table = llep("advice", LLEP_SERVER=busy.url)
+    assert table.returncode == OK and "tiny: not enough evidence" in table.stdout
+    (advice,) = json.loads(llep("advice", "-o", "json", LLEP_SERVER=busy.url).stdout)
+    assert advice["verdict"] == "not_enough_evidence" and advice["numbers"]["layer_steps"] > 0
 
 
 def test_settings_get_and_set(busy: Running, llep: Llep) -> None:
