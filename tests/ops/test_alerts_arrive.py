@@ -27,6 +27,7 @@ from tests.ops.prometheus import free_port, prometheus, running, wait_for
 from tests.ops.tools import tool
 
 MODEL = "org/tiny-moe"
+TEMPLATES = "/usr/share/prometheus/alertmanager"
 
 
 def in_seconds(content: Any) -> Any:
@@ -66,11 +67,24 @@ def alertmanager(folder: Path, inbox: Inbox) -> Iterator[str]:
     receivers = [{"name": "inbox", "webhook_configs": [{"url": inbox.url}]}]
     (folder / "alertmanager.yml").write_text(yaml.safe_dump({"route": route, "receivers": receivers}))
     address = f"127.0.0.1:{free_port()}"
-    command = [tool("prometheus-alertmanager", "prometheus-alertmanager"), f"--web.listen-address={address}"]
+    command = [*at_home(tool("prometheus-alertmanager", "prometheus-alertmanager"), folder)]
+    command += [f"--web.listen-address={address}"]
     command += [f"--config.file={folder / 'alertmanager.yml'}", f"--storage.path={folder / 'alerts'}"]
     command += ["--cluster.listen-address="]
     with running(command, f"http://{address}/-/ready", folder / "alertmanager.log"):
         yield address
+
+
+def at_home(program: str, folder: Path) -> list[str]:
+    """How to start it. Debian's build looks for its templates where the package would have put them: where it was only
+    unpacked, a copy looks for them relative to where it runs, by a path of the same length.
+    """
+    if Path(TEMPLATES).is_dir():
+        return [program]
+    copy = folder / "alertmanager"
+    copy.write_bytes(Path(program).read_bytes().replace(TEMPLATES.encode(), f"{TEMPLATES[1:]}/".encode()))
+    copy.chmod(0o755)
+    return ["env", f"--chdir={Path(program).parents[2]}", str(copy)]
 
 
 class VllmPage:
