@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -171,12 +172,19 @@ class LeastLoadedMoE:
         self._check_together()
 
     def forward_replicated(
-        self, hidden_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor, decide: Decide, *, agree: bool
+        self,
+        hidden_TH: torch.Tensor,
+        gates_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
+        decide: Decide,
+        *,
+        agree: bool,
+        compare: bool = True,
     ) -> LayerResult:
         """Every rank holds all tokens; returns this rank's partial sum [T, H], to be summed over ranks by the caller.
 
         agree: all ranks plan from counts that were made equal; must be the same on all ranks. Without it the plan
-        must be plain EP. Raises BadBatch, with agree on every rank.
+        must be plain EP, and nothing is compared. Raises BadBatch, with agree on every rank; compare: as below.
         """
         times = PhaseTimes()
         with times.measure("count"):
@@ -186,7 +194,7 @@ class LeastLoadedMoE:
                 mine = self._row(hidden_TH, gates_TK, ids_TK)
                 counts_E = _counts(self._told(mine.values[None], mine))[0]
         with times.measure("plan"):
-            plan = self._plan(decide, counts_E[None])
+            plan = self._plan(decide, counts_E[None], compare=agree and compare)
         lends = self._lend(plan)
         with times.measure("dispatch"):
             held = _Held.of(hidden_TH, gates_TK, ids_TK)
@@ -204,24 +212,33 @@ class LeastLoadedMoE:
         return LayerResult(output_TH, plan, counts_E[None], times)
 
     def forward_sharded(
-        self, hidden_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor, decide: Decide
+        self,
+        hidden_TH: torch.Tensor,
+        gates_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
+        decide: Decide,
+        *,
+        compare: bool = True,
     ) -> LayerResult:
         """Every rank holds its own tokens (also none); returns their full outputs [T, H].
 
         A token goes to a rank once, however many of its experts are there, and comes back as one weighted sum; what a
         rank computes of its own tokens does not travel. Raises BadBatch on every rank if one rank's batch is bad.
+        compare: before anything is sent by them, ranks compare digests of counts, placement and plan, and all raise
+        RanksDisagree if one differs; must be the same on all ranks. Without it gloo may end a rank that is sent more
+        than it expects.
         """
         with self._explained():
-            return self._forward_sharded(hidden_TH, gates_TK, ids_TK, decide)
+            return self._forward_sharded(hidden_TH, gates_TK, ids_TK, decide, compare=compare)
 
     def _forward_sharded(
-        self, hidden_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor, decide: Decide
+        self, hidden_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor, decide: Decide, *, compare: bool
     ) -> LayerResult:
         times = PhaseTimes()
         with times.measure("count"):
             counts_RE = self._gather_counts(hidden_TH, gates_TK, ids_TK)
         with times.measure("plan"):
-            plan = self._plan(decide, counts_RE)
+            plan = self._plan(decide, counts_RE, compare=compare)
         lends = self._lend(plan)
         with times.measure("dispatch"):
             output_TH = torch.zeros_like(hidden_TH)
@@ -287,10 +304,25 @@ class LeastLoadedMoE:
                 raise RanksDisagree(f"{self.transport.where or 'one layer'}: {differs} ({error})") from error
             raise
 
-    def _plan(self, decide: Decide, counts_QE: Counts) -> Plan:
+    def _plan(self, decide: Decide, counts_QE: Counts, *, compare: bool) -> Plan:
         plan = decide(counts_QE)
         self.transport.evidence = partial(_evidence, counts_QE, plan)
+        if compare and self.transport.size > 1:
+            self._compare(_evidence(counts_QE, plan))
         return plan
+
+    def _compare(self, mine: Mapping[str, int]) -> None:
+        """Raises RanksDisagree on every rank if one holds other counts, placements or plans."""
+        row = torch.tensor(list(mine.values()), dtype=torch.int64, device=self.transport.device)
+        rows_RN = self.workspace.on_host(self.transport.gather(row, "comparison of plans"))
+        for what, told_R in zip(mine, rows_RN.T.tolist(), strict=True):
+            usual = Counter(told_R).most_common(1)[0][0]
+            if odd := [str(rank) for rank, told in enumerate(told_R) if told != usual]:
+                raise RanksDisagree(
+                    f"EP rank {', '.join(odd)} holds other {what} than the others at "
+                    f"{self.transport.where or 'one layer'}: its memory or its build of llep differs; restart the "
+                    "engine, and replace the machine if it happens again"
+                )
 
     def _gather_counts(self, hidden_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor) -> Counts:
         """Pairs of each rank for each expert [R, E]. Raises BadBatch on every rank if one rank's batch is bad."""
@@ -508,15 +540,19 @@ def _weights_problem(weights: Mapping[str, torch.Tensor], pool: LendingPool, dev
 def _evidence(counts_QE: Counts, plan: Plan) -> dict[str, int]:
     """Digests of what all ranks must hold alike: told when one gives up."""
     return {
-        "counts": text_digest(repr(counts_QE.tolist())),
-        "placements": text_digest(repr(plan.placement)),
+        "counts": _bytes_digest(np.ascontiguousarray(counts_QE).tobytes()),
+        "placements": hash(plan.placement),
         "plans": plan.digest(),
     }
 
 
 def text_digest(text: str) -> int:
     """56 bits: the same text has the same digest on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+    return _bytes_digest(text.encode())
+
+
+def _bytes_digest(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "little")
 
 
 def _counts(rows_RN: Counts) -> Counts:
