@@ -83,6 +83,15 @@ def make_layer(case: Case, transport: Transport) -> LeastLoadedMoE:
     return LeastLoadedMoE(experts, transport, pool, placement.home_rank, local_ids, workspace)
 
 
+def settings_of(case: Case, way: str) -> Settings:
+    return Settings(
+        planner=Planner.QUOTA if way == "llep" else Planner.HOME,
+        imbalance_threshold=case.threshold,
+        capacity_factor=case.alpha,
+        min_chunk_tokens=64,
+    )
+
+
 def measure(rank: int, size: int, case: Case, repeats: int) -> dict[str, Any]:
     """Medians of the step's seconds (the slowest rank's) and peak bytes (the highest rank's) for each way."""
     torch.set_num_threads(1)
@@ -98,12 +107,7 @@ def measure(rank: int, size: int, case: Case, repeats: int) -> dict[str, Any]:
 
     def step(way: str) -> None:
         nonlocal lends, ratio
-        settings = Settings(
-            planner=Planner.QUOTA if way == "llep" else Planner.HOME,
-            imbalance_threshold=case.threshold,
-            capacity_factor=case.alpha,
-            min_chunk_tokens=64,
-        )
+        settings = settings_of(case, way)
         ids = balanced if way == "ideal" else skewed
         prefill = Step("prefill", size * case.tokens)
         result = layer.forward_sharded(
