@@ -182,7 +182,9 @@ def room(
     return tuple(found)
 
 
-def refusal(replicas: Iterable[tuple[int, int, int]], home_rank_LE: Ids, room_R: Sequence[int]) -> str | None:
+def refusal(
+    replicas: Iterable[tuple[int, int, int]], home_rank_LE: npt.NDArray[Any], room_R: Sequence[int]
+) -> str | None:
     """Why these replicas (place of the layer, expert, rank) don't fit, the rule's name first; None if they do."""
     replicas = list(replicas)
     num_layers, num_experts = home_rank_LE.shape

@@ -7,11 +7,12 @@ import time
 from typing import Any
 
 from llep.errors import SettingsError, StoreUnavailable
-from llep.messages import PROTOCOL, Directive, Report, decode_header, encode
+from llep.messages import PROTOCOL, Directive, PlacementOrder, Report, decode_header, encode
 from llep.scheduler.admit import LONGEST_NAME, Refused, decode
 from llep.scheduler.core import Core
 from llep.scheduler.desired import adopted_patch
 from llep.scheduler.journal import LLEP
+from llep.scheduler.show_loads import misfit
 from llep.scheduler.store import NewEvent
 from llep.scheduler.windows import Engine
 from llep.views import EventKind
@@ -76,6 +77,8 @@ class Reports(Core):
         revision = self._journal.desired.revision_of(name)
         if revision <= known_revision:
             return None
+        if name in self._journal.desired.placements and engine.home_rank_LE is None:
+            return None  # whether the placement fits is known when rank 0 has reported: soon
         try:
             settings = self._journal.desired.effective(name, engine.start).dump()
         except SettingsError as error:  # it started anew with settings that don't go with the overrides
@@ -87,10 +90,15 @@ class Reports(Core):
                 engine=name,
                 revision=revision,
                 settings=settings,
-                placement=self._journal.desired.placements.get(name),
+                placement=self._fitting_placement(engine),
                 recording=self._journal.desired.recordings.get(name),
             )
         )
+
+    def _fitting_placement(self, engine: Engine) -> PlacementOrder | None:
+        """None also where the engine has started anew with less room, or as another model: it would refuse it all."""
+        order = self._journal.desired.placements.get(engine.info.engine)
+        return order if order is not None and misfit(engine, order.replicas) is None else None
 
     def _adopt(self, engine: Engine) -> None:
         """An engine that runs a revision which the store doesn't know tells us what was lost with the store."""

@@ -12,7 +12,7 @@ from llep.config import Settings
 from llep.loads import imbalance_ratio
 from llep.messages import LAYER_PHASES, STEP_PHASES
 from llep.planning.replicas import Forecast, Replica
-from llep.scheduler.decide_placement import Ground
+from llep.scheduler.decide_placement import Ground, refusal
 from llep.scheduler.evidence import Evidence
 from llep.scheduler.show import ToUnixTime
 from llep.scheduler.totals import DECISIONS, Columns, Window, empty_window
@@ -246,6 +246,14 @@ def ground_of(
         lends_L=lends_L.astype(np.float64),
         evidence=evidence_of(engine, PLACEMENT_WINDOW_S, now_s, desired_interval_s),
     )
+
+
+def misfit(engine: Engine, replicas: Iterable[tuple[int, int, int]]) -> str | None:
+    """Why these replicas don't fit the engine as it was started, the rule's name first; None if they do."""
+    home_rank_LE = engine.home_rank_LE
+    if home_rank_LE is None:
+        return "no_report: rank 0 of this engine has not reported yet"
+    return refusal(replicas, home_rank_LE, (engine.info.replica_slots_per_rank,) * engine.info.ep_size)
 
 
 def _worth_windows(engine: Engine, window: Window) -> Floats:

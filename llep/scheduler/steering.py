@@ -22,7 +22,7 @@ from llep.scheduler.desired import EVERY, Desired, difference
 from llep.scheduler.evidence import Evidence
 from llep.scheduler.journal import LLEP
 from llep.scheduler.placements import Placements, copies_of, stored_decision
-from llep.scheduler.show_loads import evidence_of
+from llep.scheduler.show_loads import evidence_of, misfit
 from llep.scheduler.store import NewEvent
 from llep.scheduler.windows import Engine
 from llep.views import AdviceView, EngineState, EventKind
@@ -91,6 +91,11 @@ class Steering(Placements):
     async def _steer(self, engine: Engine) -> None:
         """One round of decisions about an engine that runs what it should."""
         name = engine.info.engine
+        problem = misfit(engine, self._present(engine))
+        if problem and engine.home_rank_LE is not None:
+            self._refused_order(problem)
+            self._order(engine, (), LLEP, f"the engine has started anew, and they don't fit it any more: {problem}")
+            return
         if self._journal.problem or engine.live_revision < self._journal.desired.revision_of(name):
             return
         window_s = min(WINDOW_S, time.monotonic() - engine.live_changed_s)

@@ -121,8 +121,8 @@ class Engine:
 
     @property
     def filled_placement(self) -> int:
-        """Copies in place already, of the placement under way, over all ranks."""
-        return sum(report.filled_placement for report in self.reports.values())
+        """Copies in place already, of the placement under way; every rank counts those of all."""
+        return self._least("filled_placement")
 
     @property
     def last_apply_error(self) -> str:

@@ -129,6 +129,25 @@ def test_a_placement_is_applied_shown_and_taken_back(tmp_path: Path) -> None:
     run(body)
 
 
+def test_a_placement_that_no_longer_fits_a_restarted_engine_is_dropped(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with scheduler_in(tmp_path) as scheduler:
+            await hear(scheduler, Workers("one"))
+            await scheduler.patch_settings({"replicas": "suggest"}, "me", wait_s=0)
+            await scheduler.placement_apply("one", "me", replicas=[{"layer": 2, "expert": 0, "rank": 1}])
+            smaller = Workers("one", num_layers=2)
+            for _ in range(2):
+                await hear(scheduler, smaller)
+            assert smaller.placement is None and smaller.live_revision == 2
+            await scheduler._steer(scheduler._engine("one"))
+            (event,) = await scheduler.events(1)
+            assert event["kind"] == "placement" and "unknown_layer" in event["message"]
+            assert (await scheduler.placement("one"))[0]["number"] == 0
+            assert (await scheduler.status())["orders_refused"] == {"unknown_layer": 1}
+
+    run(body)
+
+
 def test_replicas_switched_off_take_the_placement_away(tmp_path: Path) -> None:
     async def body() -> None:
         async with scheduler_in(tmp_path) as scheduler:
