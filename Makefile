@@ -56,6 +56,7 @@ bench: $(READY)
 	$(BIN)/python -m bench.scrape --append
 	$(BIN)/python -m bench.layer --sweep all --append
 	$(BIN)/python -m bench.serving --append
+	$(BIN)/python -m bench.page --append
 
 # Long runs of what `make test` runs a short share of.
 soak: $(READY)

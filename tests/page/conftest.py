@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,40 +19,14 @@ from running import Running, start
 
 from llep_server.config import ServerConfig
 
-CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-REPORT_EVERY_S = 0.25
+from .browsing import Traffic, Visit, find_chromium
 
 expect.set_options(timeout=15_000)
 
 
-class Traffic:
-    """Engines that compute and report, a thread's work, until `stop`."""
-
-    def __init__(self, running: Running, *engines: Engine) -> None:
-        self.running = running
-        self.engines = engines
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._over.set()
-        self._thread.join(timeout=20)
-
-    def _run(self) -> None:
-        while not self._over.is_set():
-            for engine in self.engines:
-                engine.run()
-                assert self.running.report(engine) == []
-            self._over.wait(REPORT_EVERY_S)
-
-
-Visit = Callable[..., Page]
-
-
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    program = next((found for name in CHROMIUMS if (found := shutil.which(name))), None)
+    program = find_chromium()
     if program is None:
         pytest.skip("no Chromium is there: `make tools` as root on Debian, or install one")
     with sync_playwright() as playwright:

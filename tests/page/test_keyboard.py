@@ -9,7 +9,7 @@ from playwright.sync_api import Page, expect
 from reporting import Engine
 from running import Running
 
-from .conftest import Traffic, Visit
+from .browsing import Traffic, Visit
 
 FOCUSED = "document.activeElement.id || document.activeElement.closest('[id]')?.id"
 

@@ -12,7 +12,7 @@ from running import Running, start
 
 from llep_server.config import ServerConfig
 
-from .conftest import Traffic, Visit
+from .browsing import Traffic, Visit
 
 READ, ADMIN = "read-key-for-the-page-1", "admin-key-for-the-page-1"
 

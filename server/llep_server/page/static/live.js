@@ -31,6 +31,7 @@ export function liveView(app) {
   const history = new History();
   const shown = () => ({ window: Number(chosen(by("window"))), phase: chosen(by("phase")) });
   const threshold = () => app.threshold ?? null;
+  let isDrawn = false;
 
   async function loadLoads() {
     const { window, phase } = shown();
@@ -40,7 +41,8 @@ export function liveView(app) {
     if (phase && app.engine) [own] = (await get("v1/loads", { window_s: window, engine: app.engine, phase })).data;
     engines.update();
     if (own && own.engine === app.engine) showLoads(own);
-    if (!performance.getEntriesByName("llep:first-picture").length && own) performance.mark("llep:first-picture");
+    if (own && !isDrawn) requestAnimationFrame(() => performance.mark("llep:first-picture"));
+    isDrawn ||= Boolean(own);
   }
 
   function showLoads(loads) {
