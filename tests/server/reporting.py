@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +23,12 @@ from llep.messages import (
     EngineInfo,
     GroupLoads,
     Histogram,
+    PlanSample,
     Report,
     Worth,
 )
 from llep.placement import Placement
-from llep.plan import Decision
+from llep.plan import Decision, Plan
 from llep.planning import PlanOptions, plan_step
 
 BYTES_PER_SLOT = 3_000_000
@@ -46,6 +47,7 @@ class Engine:
     num_experts: int = 16
     top_k: int = 4
     slots_per_rank: int = 4
+    replica_slots_per_rank: int = 2
     seed: int = 0
     start: dict[str, Any] = field(default_factory=dict)
     seq: int = 0
@@ -77,6 +79,7 @@ class Engine:
         self.worth = {phase: Counter[str]() for phase in STEP_PHASES}
         self.predicted_gain_s = 0.0
         self.live_placement, self.filled_placement = 0, 0
+        self.plans: deque[PlanSample] = deque(maxlen=16)
         self.placement = Placement.linear(E, R, self.slots_per_rank)
 
     def run(self, tokens: int = 1024, hot_share: float = 0.9, phase: str = "prefill") -> None:
@@ -87,6 +90,7 @@ class Engine:
     def take(self, directive: Directive) -> None:
         """Run under what the scheduler says, from now on."""
         self.settings, self.revision = Settings.parse(directive.settings), directive.revision
+        self.live_placement = directive.placement.number if directive.placement else 0
 
     def reports(self) -> list[Report]:
         self.seq += 1
@@ -122,6 +126,7 @@ class Engine:
             self.imbalance_counts[stage, np.searchsorted(IMBALANCE_BUCKETS, ratio)] += 1
         if plan.lends:
             self._weigh(phase, int(routed_R.max()), int(computed_R.max()), len(plan.lends))
+            self._sample(phase, layer, tokens, routed_R, plan)
         for lend in plan.lends:
             per_node = self.ranks_per_node or self.ep_size
             link = int(lend.src_rank // per_node != lend.dst_rank // per_node)
@@ -140,6 +145,23 @@ class Engine:
         if worth["lent_steps"] % PROBED_EVERY == 0:
             worth.update(probed_steps=1, probed_pairs=routed)
             worth["probed_s"] += PAIR_S * routed  # type: ignore[assignment]
+
+    def _sample(self, phase: str, layer: int, tokens: int, routed_R: npt.NDArray[np.int64], plan: Plan) -> None:
+        sample = PlanSample(
+            id=self.plans[-1].id + 1 if self.plans else 1,
+            step=self.steps.total(),
+            layer=layer,
+            phase=phase,
+            time_s=time.time(),
+            decision=str(plan.decision),
+            tokens=tokens,
+            routed_R=tuple(map(int, routed_R)),
+            computed_R=tuple(map(int, plan.rank_loads)),
+            lends=tuple((lend.expert, lend.src_rank, lend.dst_rank, lend.tokens) for lend in plan.lends),
+            predicted_gain_s=0.001,
+            layer_seconds=0.004,
+        )
+        self.plans.append(sample)
 
     def _report(self, rank: int) -> Report:
         return Report(
@@ -190,7 +212,7 @@ class Engine:
             top_k=self.top_k,
             slots_per_rank=self.slots_per_rank,
             bytes_per_slot=BYTES_PER_SLOT,
-            replica_slots_per_rank=2,
+            replica_slots_per_rank=self.replica_slots_per_rank,
             ranks_per_node=self.ranks_per_node,
             has_cost_model=False,
             max_model_len=4096,
@@ -227,5 +249,5 @@ class Engine:
             predicted_gain_s=self.predicted_gain_s,
             last_plan_time_s=1_700_000_100.0 if self.decisions else 0.0,
             home_rank_LE=Array.of(np.tile(self.placement.home_rank, (len(self.layer_numbers), 1)).astype(np.int16)),
-            plans=(),
+            plans=tuple(self.plans),
         )

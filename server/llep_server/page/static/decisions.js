@@ -28,7 +28,7 @@ export function decisionsView(app) {
       { class: "advice", "data-tone": tone },
       h("h3", {}, words),
       h("p", {}, advice.reason),
-      numbers.length > 0 && h("dl", { class: "numbers" }, ...numbers.map(([name, value]) => h("div", {}, h("dt", {}, format.decision(name)), h("dd", {}, numberOf(name, value))))),
+      numbers.length > 0 && h("dl", { class: "numbers" }, ...numbers.map(([name, value]) => h("div", {}, h("dt", {}, format.decision(name.replace(/_s$/, ""))), h("dd", {}, numberOf(name, value))))),
       patch > 0 && h("div", { class: "actions" }, h("code", {}, Object.entries(advice.patch).map(([key, value]) => `${key}=${value}`).join(" ")), h("button", { type: "button", onclick: () => propose(advice) }, "Look at it in Settings")),
     );
   }
@@ -64,7 +64,7 @@ export function decisionsView(app) {
 function numberOf(name, value) {
   if (/_s$|seconds/.test(name)) return format.seconds(value);
   if (/_bytes$/.test(name)) return format.bytes(value);
-  if (/share|_ratio$/.test(name) && value < 1) return format.percent(value);
+  if (/share|error|_ratio$/.test(name) && value < 1) return format.percent(value);
   return format.count(value);
 }
 

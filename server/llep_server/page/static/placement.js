@@ -21,7 +21,7 @@ export function placementView(app) {
     });
     replicas.update(placement.replicas);
     text(by("replicas-count"), placement.replicas.length ? format.count(placement.replicas.length) : "");
-    by("placement-rollback").disabled = placement.number === 0;
+    by("placement-rollback").disabled = false;
   }
 
   async function suggest() {
@@ -39,7 +39,7 @@ export function placementView(app) {
     const doubt = isWorthIt ? null : h("p", { class: "warn-text" }, `The scheduler would not do it: ${reason}`);
     if (!(await ask("Apply this placement?", [words, doubt].filter(Boolean), "Apply"))) return;
     await guarded(async () => {
-      const body = { engine: app.engine, reason: by("placement-reason").value, replicas: wanted.map(({ layer, expert, rank }) => [layer, expert, rank]) };
+      const body = { engine: app.engine, reason: by("placement-reason").value, replicas: wanted.map(({ layer, expert, rank }) => ({ layer, expert, rank })) };
       const placement = await call("POST", "v1/placement/apply", { body });
       outcome(by("placement-outcome"), "good", `Ordered with revision ${placement.number}: copies are filled between steps, then switched on at one step.`);
       clear();
@@ -51,7 +51,8 @@ export function placementView(app) {
     if (!(await ask("Roll the placement back?", h("p", {}, "The placement before this one is ordered again; copies that it does not have are dropped at once."), "Roll back"))) return;
     await guarded(async () => {
       const placement = await call("POST", "v1/placement/rollback", { body: { engine: app.engine, reason: by("placement-reason").value } });
-      outcome(by("placement-outcome"), "good", placement.replicas.length ? `Went back with revision ${placement.number}.` : `Went back with revision ${placement.number}: no resident replicas.`);
+      const words = placement.replicas.length ? `ordered again with revision ${placement.number}` : "no resident replicas";
+      outcome(by("placement-outcome"), "good", `Went back to the placement before: ${words}.`);
       clear();
       app.refresh("placement", "engines");
     });
@@ -95,12 +96,12 @@ function figures(placement) {
   return [
     { name: "Placement", value: state, note: placement.number ? `ordered with revision ${placement.number}, live ${placement.live_number || "none"}` : "" },
     { name: "Setting replicas", value: placement.replicas_setting, note: { off: "never suggested by itself", suggest: "suggested, not applied", apply: "applied when worth it" }[placement.replicas_setting] },
-    { name: "Slots used", value: `${used} of ${placement.slots_per_rank * placement.used_slots.length}`, note: `${format.bytes(placement.bytes_per_slot)} each` },
+    { name: "Slots used", value: `${used} of ${placement.slots_per_rank * placement.used_slots.length}`, note: placement.slots_per_rank ? `${format.bytes(placement.bytes_per_slot)} each` : "no room was reserved at start" },
   ];
 }
 
 function suggestionCard(suggestion) {
-  if (!suggestion.added.length && !suggestion.dropped.length) return h("div", {}, h("h3", {}, "No change"), h("p", {}, suggestion.reason));
+  if (!suggestion.added.length && !suggestion.dropped.length) return h("div", { class: "advice" }, h("h3", {}, "No change"), h("p", {}, suggestion.reason));
   const rows = [
     ["Imbalance, forecast", `${format.ratio(suggestion.imbalance_ratio_before)} → ${format.ratio(suggestion.imbalance_ratio_after)}`],
     ["Moves", `${format.bytes(suggestion.move_bytes)} in ${format.seconds(suggestion.move_s)}`],
