@@ -59,6 +59,7 @@ class Workers:
         self.held_revision = self.live_revision = self.live_since_step = 0
         self.last_apply_error = ""
         self.errors: dict[str, int] = {}
+        self.phase_lend_s = 0.0002  # per step
         self.counting_s = 86400.0  # longer than any window
         self._held = self.live
         self.placement: PlacementOrder | None = None  # filled as soon as it is live
@@ -150,7 +151,7 @@ class Workers:
             live_since_step=self.live_since_step,
             live_since_time_s=time.time(),
             last_apply_error=self.last_apply_error,
-            phase_seconds={phase: Histogram((0,) * (len(SECONDS_BUCKETS) + 1), 0.0) for phase in LAYER_PHASES},
+            phase_seconds={phase: self._seconds(phase) for phase in LAYER_PHASES},
             live_placement=self.placement.number if self.placement else 0,
             filled_placement=0,
             layer_seconds={"prefill": 0.001 * self.step_number, "decode": 0.0},
@@ -164,6 +165,10 @@ class Workers:
             errors=self.errors,
             group=self._group() if rank == 0 else None,
         )
+
+    def _seconds(self, phase: str) -> Histogram:
+        seconds = {"lend": self.phase_lend_s, "compute": 0.0005}.get(phase, 0.0)
+        return Histogram((0,) * (len(SECONDS_BUCKETS) + 1), seconds * self.step_number)
 
     def info(self) -> EngineInfo:
         return EngineInfo(
