@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -82,6 +82,11 @@ class CostModel:
             )
             previous = point
         _check("gemm_curve", self.gemm_curve, "at least 2 points", len(self.gemm_curve) >= 2)
+
+    @cached_property
+    def already_planned(self) -> CostModel:
+        """The same where a plan is made in any case: to follow it costs no more time."""
+        return replace(self, plan_s=0.0)
 
     @cached_property
     def curve_tokens(self) -> npt.NDArray[np.int64]:

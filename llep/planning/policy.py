@@ -63,7 +63,8 @@ def decide(
     """The plan of one layer: the same on every rank that holds the same counts, settings and cost model.
 
     Where a step is too small or of another phase, only the placement acts: resident replicas share the load, nothing
-    is lent. is_probe: what would lend is left to plain EP instead, as a measure of what lending is worth.
+    is lent, and planning, done by then, is not charged. is_probe: what would lend is left to plain EP instead, as a
+    measure of what lending is worth.
     """
     reason = may_plan(settings, step, layer_number)
     if reason is not None:
@@ -75,7 +76,7 @@ def decide(
                 bytes_per_expert=bytes_per_expert,
                 ranks_per_node=ranks_per_node,
                 phase="decode",
-                cost_model=cost_model,
+                cost_model=cost_model and cost_model.already_planned,
             )
             plan = plan_step(settings.planner.value, counts_RE, placement.without_slots, options)
             if plan.decision is Decision.REPLICA:

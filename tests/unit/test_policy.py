@@ -54,6 +54,17 @@ def test_a_plan_that_does_not_pay_is_not_taken() -> None:
 REPLICATED = Placement(Placement.linear(8, 2, 0).home_rank, (4, 4), replicas=((0, 1), (1, 1)))
 
 
+def test_replicas_are_not_charged_for_a_plan_that_is_made_in_any_case() -> None:
+    """50 us of planning are more than what copies save in a decode step; but they have been spent by then."""
+    counts = skewed_counts(2, 8, 900, hot_experts=[0, 1], hot_share=0.9, seed=0)
+    step = Step("decode", 225)
+    model = cost_model("h200")
+    asked = (Settings(min_batch_tokens=2048), step, 0, counts, REPLICATED, 50_000_000)
+    found = decide(*asked, cost_model=model)
+    assert found.decision is Decision.REPLICA
+    assert 0 < found.predicted_gain_s < model.plan_s
+
+
 @pytest.mark.parametrize(
     ("settings", "step", "decision"),
     [
