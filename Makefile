@@ -52,6 +52,11 @@ bench: $(READY)
 	$(BIN)/python -m bench.planning.optimum --append
 	$(BIN)/python -m bench.simulate speed --append
 	$(BIN)/python -m bench.placement --append
+	$(BIN)/python -m bench.scheduler.decision --append
+	$(BIN)/python -m bench.scheduler.traces --append
+	$(BIN)/python -m bench.scheduler.load --append
+	$(BIN)/python -m bench.scheduler.memory --append
+	$(BIN)/python -m bench.scheduler.latency --append
 	$(BIN)/python -m bench.natural.compare --append
 	$(BIN)/python -m bench.scrape --append
 	$(BIN)/python -m bench.layer --sweep all --append
@@ -62,6 +67,7 @@ bench: $(READY)
 soak: $(READY)
 	$(BIN)/python -m bench.planning.fuzz --append
 	$(BIN)/python -m bench.soak --append
+	$(BIN)/python -m bench.scheduler.faults --append
 	$(BIN)/python -m bench.monitoring --append
 
 $(TINY)/config.json: | $(READY)
