@@ -1,6 +1,7 @@
 """Does the control plane answer in time while engines report and streams are open, and does its memory stay flat?
 
-`python -m bench.server --append` adds a line to bench/results/server.jsonl; `--minutes 10` for the long run. The
+`python -m bench.server --append` adds a line to bench/results/server.jsonl; `--minutes 10` for the long run;
+`--scrape`: what a scrape of 64 engines takes, and how long other requests wait meanwhile. The
 control plane runs as its own process on one core, as `python -m llep_server` does. Another process plays the scheduler,
 real but without Ray, to which engines of 58 x 256 report once a second. Streams and requests come from this process.
 """
@@ -29,12 +30,14 @@ import msgspec
 from bench.record import add_record
 from llep.errors import ERRORS_BY_CODE, LlepError
 from llep.messages import encode
+from llep.planning import warm_up
 from llep.scheduler.client import read_frame, write_frame
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "server"))
 from reporting import Engine
 
 ENGINES, RANKS, LAYERS, EXPERTS = 8, 8, 58, 256
+SCRAPED_ENGINES, SCRAPED_LAYERS, SCRAPED_EXPERTS = 64, 36, 128  # gpt-oss-120b
 STREAMS = 100
 REQUESTS_PER_S = 200
 CONNECTIONS = 32
@@ -74,11 +77,13 @@ class Caller:
         self._number = 0
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._writer: asyncio.StreamWriter | None = None
+        self._opening = asyncio.Lock()
 
     async def call(self, method: str, **arguments: Any) -> Any:
-        if self._writer is None:
-            reader, self._writer = await asyncio.open_unix_connection(self._path)
-            self._hearing = asyncio.create_task(self._hear(reader))
+        async with self._opening:
+            if self._writer is None:
+                reader, self._writer = await asyncio.open_unix_connection(self._path)
+                self._hearing = asyncio.create_task(self._hear(reader))
         self._number += 1
         answered = self._waiting[self._number] = asyncio.get_running_loop().create_future()
         write_frame(self._writer, [self._number, method, arguments])
@@ -93,8 +98,8 @@ class Caller:
             self._waiting.pop(number).set_result(answer)
 
 
-async def play_scheduler(path: str, state: str, engines: int) -> None:
-    """The real scheduler behind a socket, and engines that report to it once a second."""
+async def play_scheduler(path: str, state: str, engines: int, layers: int, experts: int, *, once: bool) -> None:
+    """The real scheduler behind a socket, and engines that report to it once a second, or only at the start."""
     from llep.scheduler.actor import Scheduler
 
     scheduler = Scheduler(state)
@@ -115,24 +120,21 @@ async def play_scheduler(path: str, state: str, engines: int) -> None:
                 task.add_done_callback(tasks.discard)
 
     running = [
-        Engine(name=f"engine-{index}", ep_size=RANKS, layer_numbers=tuple(range(3, 3 + LAYERS)), num_experts=EXPERTS)
+        Engine(name=f"engine-{index}", ep_size=RANKS, layer_numbers=tuple(range(3, 3 + layers)), num_experts=experts)
         for index in range(engines)
     ]
-    for engine in running:
-        for _ in range(2):
-            engine.run(tokens=4096)
-            refused = (await scheduler.report([encode(report) for report in engine.reports()], 0))["refused"]
-            assert not refused, refused
+    warm_up()
     async with await asyncio.start_unix_server(serve, path):
-        print("ready", flush=True)
+        is_told = False
         while True:
             started_s = time.monotonic()
-            for number, engine in enumerate(running):
-                engine.steps["prefill"] += 1
-                engine.routed_PLE[0, :, number] += 64  # counts go on without the time that a planner takes
-                engine.tokens_PL += 64
-                await scheduler.report([encode(report) for report in engine.reports()], 0)
-                await asyncio.sleep(0.01)
+            for engine in [] if once and is_told else running:
+                await asyncio.to_thread(engine.run, 64)
+                refused = (await scheduler.report([encode(report) for report in engine.reports()], 0))["refused"]
+                assert not refused, refused
+            if not is_told:
+                print("ready", flush=True)
+                is_told = True
             await asyncio.sleep(max(1.0 - (time.monotonic() - started_s), 0.0))
 
 
@@ -183,6 +185,11 @@ class Connection:
         await reader.readexactly(length)
         return int(lines[0].split()[1])
 
+    async def close(self) -> None:
+        if self._streams is not None:
+            self._streams[1].close()
+            await self._streams[1].wait_closed()
+
 
 @asynccontextmanager
 async def streams(port: int, count: int) -> AsyncIterator[list[int]]:
@@ -192,8 +199,9 @@ async def streams(port: int, count: int) -> AsyncIterator[list[int]]:
     async def listen(index: int) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /v1/loads/stream HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-        while line := await reader.readline():
-            heard[index] += line.startswith(b"event: loads")
+        with contextlib.closing(writer):
+            while line := await reader.readline():
+                heard[index] += line.startswith(b"event: loads")
 
     tasks = [asyncio.create_task(listen(index)) for index in range(count)]
     try:
@@ -236,6 +244,8 @@ async def ask(port: int, seconds: float, pid: int) -> dict[str, Any]:
         if number % int(MEMORY_EVERY_S * REQUESTS_PER_S) == 0:
             memory.append(_rss_bytes(pid))
     await asyncio.gather(*tasks)
+    for _ in range(CONNECTIONS):
+        await free.get_nowait().close()
     wall_s = time.perf_counter() - start_s
     memory.append(_rss_bytes(pid))
     times = sorted(ms for ms, _ in took_ms)
@@ -281,6 +291,53 @@ async def measure(port: int, seconds: float, pid: int) -> dict[str, Any]:
     }
 
 
+async def measure_scrapes(port: int, seconds: float) -> dict[str, Any]:
+    """Milliseconds of a scrape, and the longest that another request waited: without scrapes, and with one a second."""
+    probe = Connection(port)
+    scrapes_ms: list[float] = []
+
+    async def probe_for(probing_s: float) -> list[float]:
+        waits_ms, end_s = [], time.perf_counter() + probing_s
+        while time.perf_counter() < end_s:
+            started_s = time.perf_counter()
+            assert await probe.get("/livez") == 200
+            waits_ms.append((time.perf_counter() - started_s) * 1e3)
+            await asyncio.sleep(0.002)
+        return sorted(waits_ms)
+
+    async def scrape() -> None:
+        scraper = Connection(port)
+        while True:
+            started_s = time.perf_counter()
+            assert await scraper.get("/metrics") == 200
+            scrapes_ms.append((time.perf_counter() - started_s) * 1e3)
+            await asyncio.sleep(1.1)  # a page is kept for a second
+
+    quiet_ms = await probe_for(seconds)
+    scraping = asyncio.create_task(scrape())
+    busy_ms = await probe_for(seconds)
+    scraping.cancel()
+    await asyncio.gather(scraping, return_exceptions=True)
+    return {
+        **{"engines": SCRAPED_ENGINES, "ranks": RANKS, "layers": SCRAPED_LAYERS, "experts": SCRAPED_EXPERTS},
+        **{"scrapes": len(scrapes_ms), "scrape_p50_ms": round(statistics.median(scrapes_ms), 1)},
+        "scrape_max_ms": round(max(scrapes_ms), 1),
+        **{f"other_{name}_max_ms": round(ms[-1], 1) for name, ms in (("quiet", quiet_ms), ("scraped", busy_ms))},
+        **{
+            f"other_{name}_p99_ms": round(_share(ms, 0.99), 1)
+            for name, ms in (("quiet", quiet_ms), ("scraped", busy_ms))
+        },
+    }
+
+
+def run_scrapes(seconds: float) -> dict[str, Any]:
+    shape = (f"--engines={SCRAPED_ENGINES}", f"--layers={SCRAPED_LAYERS}", f"--experts={SCRAPED_EXPERTS}", "--once")
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/scheduler"
+        with child("--scheduler", path, "--state", f"{folder}/state", *shape), child("--serve", path) as (_, port):
+            return asyncio.run(measure_scrapes(int(port), seconds))
+
+
 def run(seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/scheduler"
@@ -296,13 +353,21 @@ def main() -> None:
     parser.add_argument("--scheduler", help=argparse.SUPPRESS)
     parser.add_argument("--state", help=argparse.SUPPRESS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--scrape", action="store_true", help="measure scrapes instead")
+    parser.add_argument("--engines", type=int, default=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, default=LAYERS, help=argparse.SUPPRESS)
+    parser.add_argument("--experts", type=int, default=EXPERTS, help=argparse.SUPPRESS)
+    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.scheduler:
-        asyncio.run(play_scheduler(arguments.scheduler, arguments.state, ENGINES))
+        shape = (arguments.engines, arguments.layers, arguments.experts)
+        asyncio.run(play_scheduler(arguments.scheduler, arguments.state, *shape, once=arguments.once))
     elif arguments.serve:
         serve_control_plane(arguments.serve)
+    elif arguments.scrape:
+        add_record("server", {"what": "scrape", **run_scrapes(20.0)}, append=arguments.append)
     else:
-        add_record("server", run(60 * arguments.minutes), append=arguments.append)
+        add_record("server", {"what": "load"} | run(60 * arguments.minutes), append=arguments.append)
 
 
 if __name__ == "__main__":

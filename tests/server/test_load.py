@@ -1,0 +1,18 @@
+"""A share of `python -m bench.server`: engines report, streams are open, people ask, nothing fails. No times here."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.server import PATHS, run
+
+
+@pytest.mark.slow
+def test_everything_is_answered_under_load() -> None:
+    measured = run(20.0)
+    assert measured["failed"] == {}
+    assert measured["requests"] == 4000 and measured["streams"] == 100
+    assert measured["events_per_s_and_stream"] > 0.3
+    grown = measured["rss_mib"][-1] / measured["rss_mib"][1]
+    assert grown < 1.5, measured["rss_mib"]
+    assert len(PATHS) > 15
