@@ -151,6 +151,9 @@ class Stack:
         """Change settings over HTTP; every engine runs them when it returns, or from the next step on."""
         return self._ask("PATCH", "/v1/settings", json=settings)
 
+    def post(self, path: str, **values: Any) -> Any:
+        return self._ask("POST", path, json=values)
+
     def _ask(self, method: str, path: str, **more: Any) -> Any:
         """The answer; a scheduler that can't be reached at first is asked again, as the error says."""
         deadline_s = time.monotonic() + RETRY_S
