@@ -170,8 +170,8 @@ class Rank:
         header = self.agreed.header(
             number, tokens, is_dummy=is_dummy, is_prefill=is_prefill and tokens > 0, weights=self.weights
         )
-        rows = self.transport.gather(torch.from_numpy(header), "agreement on the step")
-        headers = rows.numpy().reshape(-1, HEADER_SIZE)
+        rows = self.transport.gather(torch.from_numpy(header).to(self.transport.device), "agreement on the step")
+        headers = rows.cpu().numpy().reshape(-1, HEADER_SIZE)
         self.agreed.agree(headers)
         live = self.agreed.live
         self.replicas.follow(
@@ -193,15 +193,17 @@ class Rank:
     ) -> None:
         settings = self.agreed.live.settings
         moe: LeastLoadedMoE = placed.moe
+        on_device = tuple(tensor.to(self.transport.device) for tensor in batch)
         self.transport.where = f"step {number}, layer {layer}"
         choose = partial(self._decide, placed, layer, step, is_probe=number % 3 == 0 and settings.probe_ratio > 0)
         if self.is_replicated:
             agree = needs_counts(settings, step, layer, placed.placement)
-            output = moe.forward_replicated(*batch, choose, agree=agree).output_TH
+            output = moe.forward_replicated(*on_device, choose, agree=agree).output_TH
             self.transport.add_up(output, "outputs")
         else:
-            output = moe.forward_sharded(*batch, choose).output_TH
+            output = moe.forward_sharded(*on_device, choose).output_TH
         expected = reference(*batch, EXPERTS, self._weights_seed(layer))
+        output = output.cpu()
         if len(expected):
             self.found.worst = max(self.found.worst, float((output - expected).abs().max() / expected.abs().max()))
 

@@ -45,6 +45,7 @@ from llep.planning.policy import Step, decide, needs_counts
 from llep.shapes import ModelShape
 from llep.spool import spool_dir
 from llep.vllm_plugin.courier import AgentProcess, Courier
+from llep.vllm_plugin.dummy import is_dummy_run, mark_dummy_runs
 from llep.vllm_plugin.experts import VllmExperts, num_loads
 from llep.vllm_plugin.recording import Recorder
 
@@ -113,6 +114,7 @@ class Rank:
         self._counting_since_s = time.monotonic()
         self._has_lent = False
         self._is_trusted = True  # until a verified step differs
+        mark_dummy_runs()
         warm_up()  # compiles the planners on a machine's first start, and takes them from the cache afterwards
         group = get_ep_group()
         self._transport = Transport(group.ranks, group.device, settings.watchdog_s)
@@ -570,7 +572,7 @@ def tokens_of(context: ForwardContext, num_tokens: int, part: int = 0) -> tuple[
     part: which of the parts of num_tokens this rank has of a batch that is dealt out over several.
     """
     metadata = context.attn_metadata
-    if not metadata:
+    if not metadata or is_dummy_run():
         return None, False
     assert isinstance(metadata, dict), "micro-batching (DBO) was refused at start"
     first = next(iter(metadata.values()))

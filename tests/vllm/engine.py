@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 
 START_TIMEOUT_S = 420.0
+VOCABULARY = 2048  # of the tiny models, of which prompts are made
 ONE_RANK = ("--enforce-eager",)
 TP_EP = ("--tensor-parallel-size", "2", "--enable-expert-parallel")
 DP_EP = ("--data-parallel-size", "2", "--enable-expert-parallel")

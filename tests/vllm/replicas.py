@@ -11,13 +11,21 @@ import sys
 from typing import Any
 
 from llep.messages import PROTOCOL, Directive, PlacementOrder, Report, decode_report, encode
+from llep.vllm_plugin.worker import WorkerExtension
+from tests.vllm.engine import VOCABULARY
 
-EXTENSION = "llep.vllm_plugin.worker.WorkerExtension"
-VOCABULARY = 2048
+EXTENSION = "tests.vllm.replicas.Extension"
+
 LENGTHS = (40, 700, 1, 300)
 MAX_TOKENS = 12
 BALANCING = {"min_batch_tokens": 100_000, "min_chunk_tokens": 8, "imbalance_threshold": 1.05}
 FAST = 1 << 40
+
+
+class Extension(WorkerExtension):
+    def warm_up_attention(self) -> None:
+        """A forward pass that vLLM makes up, and that looks like one of requests."""
+        self.model_runner._dummy_run(200, force_attention=True)  # type: ignore[attr-defined]
 
 
 class Engine:
@@ -61,6 +69,9 @@ class Engine:
             self.tokens += length + MAX_TOKENS - 1
         return said
 
+    def warm_up(self) -> None:
+        self._llm.collective_rpc("warm_up_attention")
+
     def reload(self) -> None:
         self._llm.collective_rpc("reload_weights")
 
@@ -92,6 +103,7 @@ def main(model: str) -> None:
             },
         }
 
+    engine.warm_up()
     engine.tell(None, planner="home")
     note("home")
     replicas = tuple((layer, expert, 1) for layer in range(2) for expert in range(4))

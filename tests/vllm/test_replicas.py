@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llep.tiny_models import write_tiny_model
-from tests.vllm.replicas import VOCABULARY
+from tests.vllm.engine import VOCABULARY
 
 pytestmark = pytest.mark.vllm
 
