@@ -109,13 +109,13 @@ class Replicas:
     """The replicas of all layers, as this rank knows them of all ranks, and where this rank has its own.
 
     live_number: the order that is switched on, 0 if none is; what stays of it acts while the next is filled.
-    peak_bytes: the most that used_bytes has been.
+    filled: copies of the order under way that are in place, acting ones too. used_bytes: what this rank's replicas take
+    of its room; peak_bytes: the most that they have. These are read by another thread.
     """
 
     def __init__(self, transport: Group) -> None:
         self.layers: list[PlacedLayer] = []
-        self.live_number = 0
-        self.peak_bytes = 0
+        self.live_number = self.filled = self.used_bytes = self.peak_bytes = 0
         self._transport = transport
         self._order: PlacementOrder | None = None
         self._acting: dict[Replica, int] = {}  # -> row of the replica's rank's room
@@ -124,18 +124,6 @@ class Replicas:
         self._allowance = 0.0
         self._clock_s = math.inf  # before the first step no time has passed
         self._weights_R: list[int] = []
-
-    @property
-    def filled(self) -> int:
-        """Copies of the order under way that are in place, acting ones too."""
-        return len(self._acting) + len(self._filled)
-
-    @property
-    def used_bytes(self) -> int:
-        """What this rank's replicas take of its room."""
-        rank = self._transport.rank
-        in_place = [*self._acting, *self._filled]
-        return sum(self.layers[layer].bytes_per_expert for layer, _, owner in in_place if owner == rank)
 
     def add_layer(self, moe: LeastLoadedMoE, home: Placement, room: Room = NO_ROOM) -> PlacedLayer:
         """One more layer, the next in order; layers whose experts have one shape share a room."""
@@ -178,7 +166,7 @@ class Replicas:
 
         clock_s: rank 0's. weights_R: how often each rank's weights were loaded so far. may_fill: copies may be made.
         """
-        before = self._acting
+        before = self._acting, self._filled
         if list(weights_R) != self._weights_R:
             self._weights_R = list(weights_R)
             if self.filled:
@@ -196,8 +184,14 @@ class Replicas:
             self._filled = {}
             self.live_number = order.number
             logger.info("llep: placement %d is switched on: %d resident replicas", order.number, len(self._acting))
-        if self._acting is not before:
+        if self._acting is not before[0]:
             self._place()
+        if self._acting is not before[0] or self._filled is not before[1]:
+            in_place = [*self._acting, *self._filled]
+            mine = [layer for layer, _, rank in in_place if rank == self._transport.rank]
+            self.filled = len(in_place)
+            self.used_bytes = sum(self.layers[layer].bytes_per_expert for layer in mine)
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
     def _take(self, order: PlacementOrder | None) -> None:
         self._allowance = 0.0
@@ -229,8 +223,7 @@ class Replicas:
         self._transport.start_copies(due, moe.experts.weights, moe.local_ids, placed.room.bank).wait()
         self._allowance -= spent
         self._missing = self._missing[len(due) :]
-        self._filled |= {(copy.layer, copy.expert, copy.dst_rank): copy.row for copy in due}
-        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        self._filled = {**self._filled, **{(copy.layer, copy.expert, copy.dst_rank): copy.row for copy in due}}
 
     def _due(self) -> tuple[list[Copy], int]:
         """The next copies, all of one layer, that the allowance holds on every rank; and the most bytes on one."""

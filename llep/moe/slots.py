@@ -138,26 +138,25 @@ class LendingPool:
         slots_per_rank: int,
         budget_bytes: int = 0,
         available_bytes: int | None = None,
-        workspace_bytes: int = 0,
+        other_bytes: int = 0,
         halves: int = 1,
     ) -> LendingPool:
         """A pool for experts shaped like `weights`, with so many slots in each half.
 
-        budget_bytes > 0 decides the slots in place of slots_per_rank, and must hold at least one beside the workspace,
-        which is reserved later. The memory is
-        touched at once, so that what sizes the KV cache afterwards sees it. Raises UnsupportedConfiguration if it is
-        not to be had: on a host that is more than available_bytes (this rank's part of them), and no try is made, for
-        trying would get some process killed.
+        budget_bytes > 0 decides the slots in place of slots_per_rank, and must hold at least one beside the other_bytes
+        of resident replicas and workspace. The memory is touched at once, so that what sizes the KV cache sees it.
+        Raises UnsupportedConfiguration if it is not to be had: on a host that is more than available_bytes (this rank's
+        part of them), and no try is made, for trying would get some process killed.
         """
         local_experts = next(iter(weights.values())).shape[0]
         per_slot = halves * bytes_per_expert(weights)
-        left_bytes = max(budget_bytes - workspace_bytes, 0)
+        left_bytes = max(budget_bytes - other_bytes, 0)
         slots = min(left_bytes // per_slot, local_experts) if budget_bytes else slots_per_rank
         if budget_bytes and not slots:
             raise UnsupportedConfiguration(
-                f"memory_budget_bytes={budget_bytes} is less than one slot of {per_slot} bytes and {workspace_bytes} "
-                f"bytes of workspace: raise it to at least {per_slot + workspace_bytes}, or set it to 0 and "
-                "slots_per_rank=0 to lend nothing",
+                f"memory_budget_bytes={budget_bytes} is less than one slot of {per_slot} bytes and {other_bytes} bytes "
+                f"of resident replicas and workspace: raise it to at least {per_slot + other_bytes}, or set it to 0 "
+                "and slots_per_rank=0 to lend nothing",
                 param="memory_budget_bytes",
             )
         if not budget_bytes and slots > local_experts:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llep.errors import UnsupportedConfiguration
+from llep.moe.replicas import Room
 from llep.moe.slots import LendingPool, available_host_bytes, bytes_per_expert
 
 WEIGHTS = {"w": torch.ones(4, 3, 5), "scale": torch.ones(4, 2, dtype=torch.float16), "bias": torch.ones(4, 5)}
@@ -49,6 +50,18 @@ def test_more_than_there_is_is_refused_before_it_is_touched() -> None:
         LendingPool.reserve(WEIGHTS, 2, available_bytes=2 * PER_EXPERT - 1)
     with pytest.raises(UnsupportedConfiguration, match="memory_budget_bytes=500: .*: lower memory_budget_bytes"):
         LendingPool.reserve(WEIGHTS, 2, budget_bytes=500, available_bytes=100)
+
+
+def test_room_for_replicas_is_reserved_in_full_or_refused() -> None:
+    room = Room.reserve(WEIGHTS, 3, budget_bytes=4 * PER_EXPERT, available_bytes=3 * PER_EXPERT)
+    assert room.bytes == 3 * PER_EXPERT and room.bank["w"].shape == (3, 3, 5)
+    assert LendingPool.reserve(WEIGHTS, 4, budget_bytes=4 * PER_EXPERT, other_bytes=room.bytes).slots == 1
+    with pytest.raises(
+        UnsupportedConfiguration, match="replica_slots_per_rank=4: .* all of memory_budget_bytes=300 or"
+    ):
+        Room.reserve(WEIGHTS, 4, budget_bytes=300)
+    with pytest.raises(UnsupportedConfiguration, match="replica_slots_per_rank=4: .* can have: lower it"):
+        Room.reserve(WEIGHTS, 4, available_bytes=4 * PER_EXPERT - 1)
 
 
 def test_what_the_host_has_is_between_nothing_and_all() -> None:
