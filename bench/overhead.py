@@ -18,8 +18,9 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 import zmq
@@ -47,6 +48,12 @@ RANKS, LAYERS, EXPERTS, TOP_K = 2, 58, 256, 8
 HIDDEN, INTERMEDIATE, TOKENS, SLOTS = 64, 32, 256, 4
 BLOCK_S = 5.0
 OFF_S = 300.0
+
+
+class Step(NamedTuple):
+    is_on: bool  # reports are sent
+    seconds: float
+    processor_s: float
 
 
 class Worker:
@@ -122,8 +129,6 @@ class Worker:
         return own_s
 
     def report(self) -> Report:
-        import msgspec
-
         with self.window.lock:
             return msgspec.structs.replace(
                 self._template,
@@ -152,22 +157,21 @@ def run_rank(rank: int, size: int, socket: str, seconds: float) -> dict[str, Any
     worker = Worker(rank, size)
     courier = Courier(socket, worker.report, worker.agreed, worker.replicas, None)
     courier.start()
-    steps: list[tuple[bool, int, float]] = []  # (reports are sent, revision, seconds)
+    steps: list[Step] = []
     own: list[float] = []
     courier_s = time.pthread_getcpuclockid(courier.ident or 0)
     end = torch.zeros(1, dtype=torch.int64)
     begin_s = time.monotonic()
     with torch.inference_mode():
         for number in itertools.count(1):
-            start_s = time.perf_counter()
+            start_s, start_busy_s = time.perf_counter(), time.process_time()
             own.append(worker.step(number))
-            live = worker.agreed.live
-            is_on = live.settings.report_interval_s < OFF_S
-            steps.append((is_on, live.number, time.perf_counter() - start_s))
+            is_on = worker.agreed.live.settings.report_interval_s < OFF_S
+            steps.append(Step(is_on, time.perf_counter() - start_s, time.process_time() - start_busy_s))
             end[0] = time.monotonic() - begin_s > seconds
             if number % 20 == 0 and int(worker.transport.gather(end, "end").max()):
                 break
-    on_s = sum(seconds for is_on, _, seconds in steps if is_on)
+    on_s = sum(step.seconds for step in steps if step.is_on)
     return {"steps": steps, "own_s": statistics.mean(own), "courier_share": time.clock_gettime(courier_s) / on_s}
 
 
@@ -198,14 +202,20 @@ def talk(socket: zmq.Socket[bytes], stop: threading.Event, sizes: list[int]) -> 
             socket.send_multipart([identity, encode(directive)])
 
 
-def blocks(steps: Sequence[tuple[bool, int, float]]) -> list[tuple[bool, float]]:
-    """(reports are sent, mean seconds of a step) of each whole block, in turn."""
-    found = []
-    for is_on, members in itertools.groupby(steps, key=lambda step: step[0]):
-        seconds = [step[2] for step in members]
-        if sum(seconds) > 0.8 * BLOCK_S:
-            found.append((is_on, statistics.mean(seconds)))
-    return found
+def shares(steps: Sequence[Step]) -> tuple[list[float], list[float]]:
+    """How much longer steps with reports take than those of the next block without: by the clock, and in processor
+    time of the rank, which other programs on the machine disturb less."""
+    found = [(is_on, list(block)) for is_on, block in itertools.groupby(steps, key=lambda step: step.is_on)]
+    whole = [(is_on, block) for is_on, block in found if sum(step.seconds for step in block) > 0.8 * BLOCK_S]
+    pairs = [(on, off) for (is_on, on), (is_next_on, off) in itertools.pairwise(whole) if is_on and not is_next_on]
+    by_clock, by_processor = (
+        [
+            statistics.mean(step[column] for step in on) / statistics.mean(step[column] for step in off) - 1
+            for on, off in pairs
+        ]
+        for column in (1, 2)
+    )
+    return by_clock, by_processor
 
 
 def measure(minutes: float) -> dict[str, Any]:
@@ -221,22 +231,22 @@ def measure(minutes: float) -> dict[str, Any]:
         stop.set()
         thread.join()
         socket.close(0)
-    found = blocks(results[0]["steps"])
-    pairs = [(a, b) for (is_on, a), (is_next_on, b) in itertools.pairwise(found) if is_on and not is_next_on]
-    shares = [on / off - 1 for on, off in pairs]
-    off_s = statistics.median(off for _, off in pairs)
+    by_clock, by_processor = zip(*(shares(each["steps"]) for each in results), strict=True)
+    step_s = statistics.median(step.seconds for step in results[0]["steps"])
     return {
         "case": "reports and directives",
         "ranks": RANKS,
         "layers": LAYERS,
         "experts": EXPERTS,
-        "step_ms": round(1000 * off_s, 2),
-        "pairs": len(pairs),
+        "step_ms": round(1000 * step_s, 2),
+        "pairs": len(by_clock[0]),
         "report_bytes": max(sizes),
-        "share_of_step": round(statistics.median(shares), 5),
-        "share_spread": [round(share, 5) for share in statistics.quantiles(shares, n=4)],
+        "share_of_step": round(statistics.median(by_clock[0]), 5),
+        "share_spread": [round(share, 5) for share in statistics.quantiles(by_clock[0], n=4)],
+        "share_of_processor_time": round(max(map(statistics.median, by_processor)), 5),
+        "processor_spread": [round(share, 5) for share in statistics.quantiles(by_processor[0], n=4)],
         "courier_processor_share": round(max(each["courier_share"] for each in results), 5),
-        "agree_and_follow_share": round(max(each["own_s"] for each in results) / off_s, 5),
+        "agree_and_follow_share": round(max(each["own_s"] for each in results) / step_s, 5),
     }
 
 
