@@ -240,6 +240,7 @@ LAYERS = Row(
             queries=[Query(newest("llep_hot_expert_load_ratio", "engine, place"), "{{engine}} place {{place}}", True)],
             steps=((None, "green"), (4, "orange"), (16, "red")),
             low=0,
+            link=("Which experts these are", "$page/"),
             height=10,
         ),
     ],

@@ -48,7 +48,7 @@ class Panel:
     """description: what it shows, what good and bad look like, what to do.
 
     steps: (from this value on, colour) in rising order; the first colour holds below all. level: the metrics_level from
-    which there are data. row_by, column_by: labels that span a table.
+    which there are data. row_by, column_by: labels that span a table. link: (title, URL) of where there is more.
     """
 
     kind: Kind
@@ -66,6 +66,7 @@ class Panel:
     high: float | None = None
     row_by: str = ""
     column_by: str = ""
+    link: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,7 @@ class Dashboard:
     uid: str
     title: str
     description: str
+    page: str  # where people reach the control plane's page, until they say otherwise
     variables: Sequence[Variable]
     annotations: Sequence[Annotation]
     rows: Sequence[Row]
@@ -117,7 +119,9 @@ def as_json(dashboard: Dashboard) -> dict[str, Any]:
         "refresh": "10s",
         "timezone": "browser",
         "time": {"from": "now-30m", "to": "now"},
-        "templating": {"list": [_datasource_variable(), *map(_variable, dashboard.variables)]},
+        "templating": {
+            "list": [_datasource_variable(), *map(_variable, dashboard.variables), _page_variable(dashboard.page)]
+        },
         "annotations": {"list": [_annotation(annotation) for annotation in dashboard.annotations]},
         "links": [],
         "panels": list(_panels(dashboard.rows)),
@@ -126,6 +130,13 @@ def as_json(dashboard: Dashboard) -> dict[str, Any]:
 
 def _datasource_variable() -> dict[str, Any]:
     return {"name": "datasource", "label": "data source", "type": "datasource", "query": "prometheus", "hide": 0}
+
+
+def _page_variable(page: str) -> dict[str, Any]:
+    return {
+        **{"name": "page", "label": "control plane's page", "type": "textbox", "query": page, "hide": 0},
+        "current": {"text": page, "value": page},
+    }
 
 
 def _variable(variable: Variable) -> dict[str, Any]:
@@ -191,6 +202,14 @@ def _panel(panel: Panel, number: int, place: dict[str, int]) -> dict[str, Any]:
         "fieldConfig": {"defaults": _field(panel), "overrides": list(_overrides(panel))},
         "options": _options(panel),
         "transformations": _transformations(panel),
+        "links": [_link(*panel.link)] if panel.link else [],
+    }
+
+
+def _link(title: str, url: str) -> dict[str, Any]:
+    return {
+        **{"title": title, "url": url, "type": "link", "icon": "external link", "tooltip": "", "tags": []},
+        **{"asDropdown": False, "targetBlank": True, "includeVars": False, "keepTime": False},
     }
 
 

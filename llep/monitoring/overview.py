@@ -11,6 +11,7 @@ OVERVIEW = Dashboard(
     uid="llep-overview",
     title="llep overview",
     description="Least-loaded expert parallelism: is it worth it, what does it do, what does it cost.",
+    page="http://127.0.0.1:8088",
     variables=[
         Variable("model_name", "model", "label_values(llep_info, model_name)"),
         Variable("engine", "engine", 'label_values(llep_info{model_name=~"$model_name"}, engine)'),
