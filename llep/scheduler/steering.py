@@ -59,7 +59,7 @@ class Steering(Placements):
         return [self._advice_view(each).model_dump(mode="json") for each in chosen]
 
     def _advice_view(self, engine: Engine) -> AdviceView:
-        evidence = self._evidence(engine, WINDOW_S)
+        evidence = self._evidence(engine)
         found, better = advise(evidence), decide_thresholds(evidence, engine.start)
         patch, reason = dict(found.patch), found.reason
         if better.patch and found.outcome != "not_worth_it":
@@ -98,15 +98,17 @@ class Steering(Placements):
             return
         if self._journal.problem or engine.live_revision < self._journal.desired.revision_of(name):
             return
-        window_s = min(WINDOW_S, time.monotonic() - engine.live_changed_s)
-        evidence = self._evidence(engine, window_s)
+        evidence = self._evidence(engine)
         self._steer_brake(engine, evidence)
         self._steer_thresholds(engine, evidence)
-        self._keep(engine, advise(self._evidence(engine, WINDOW_S)))
+        self._keep(engine, advise(evidence))
         await self._steer_placement(engine)
 
-    def _evidence(self, engine: Engine, window_s: float) -> Evidence:
-        return evidence_of(engine, window_s, time.monotonic(), self._interval_s(engine))
+    def _evidence(self, engine: Engine) -> Evidence:
+        """Of what the engine runs now: what was before its present revision says nothing about it."""
+        now_s = time.monotonic()
+        window_s = min(WINDOW_S, now_s - engine.live_changed_s)
+        return evidence_of(engine, window_s, now_s, self._interval_s(engine))
 
     # Settings.
 

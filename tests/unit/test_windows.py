@@ -12,7 +12,7 @@ import pytest
 
 from llep.messages import Array, Histogram, PlanSample, Report, Worth, encode
 from llep.scheduler.admit import Refusal, Refused, decode
-from llep.scheduler.show_loads import loads
+from llep.scheduler.show_loads import history, hot, loads, matrix
 from llep.scheduler.windows import FORGET_AFTER_S, Windows
 from llep.views import EngineState, EventKind
 from tests.scheduler.peer import BYTES_PER_SLOT, Workers
@@ -80,6 +80,61 @@ def test_an_engine_that_is_gone_has_no_loads() -> None:
     assert loads(windows.engines["tiny"], 5, now_s=13).tokens == 500
     found = loads(windows.engines["tiny"], 5, now_s=60)
     assert (found.tokens, found.window_s) == (0, 0)
+
+
+def test_windows_reach_back_for_hours_in_coarser_steps() -> None:
+    windows, workers = Windows(), Workers(ep_size=2)
+    for second in range(0, 3 * 3600, 10):
+        workers.step(10_000)
+        hear(windows, workers, second)
+    engine, last_s = windows.engines["tiny"], 3 * 3600 - 10
+    for window_s, step_s in ((500, 10), (3000, 10), (2.5 * 3600, 60)):
+        found = loads(engine, window_s, last_s)
+        assert window_s <= found.window_s <= window_s + step_s
+        assert found.tokens == 1000 * found.window_s
+        points = history(engine, window_s, 60.0, lambda at_s: at_s + 1e9)
+        assert sum(point.tokens for point in points) == pytest.approx(found.tokens, abs=70_000)
+        assert [point.time_s for point in points] == sorted(point.time_s for point in points)
+        assert points[-1].time_s == last_s + 1e9 and len(points) == pytest.approx(window_s / 60, abs=2)
+    by_expert = matrix(engine, "expert", "before", 120.0, None)
+    assert by_expert.window_s == 120.0 and np.sum(by_expert.values) == 12 * 10_000 * 2 * 3
+    assert matrix(engine, "rank", "after", 1200.0, None).window_s == pytest.approx(1200.0, abs=60)
+    assert {expert.hot_for_s for expert in hot(engine, 6, 60.0, ())} == {last_s}
+
+
+def test_reports_by_the_tenth_of_a_second_take_no_more_memory() -> None:
+    windows, workers = Windows(), Workers()
+    for tenth in range(1200):
+        hear(windows, workers, tenth / 10)
+    totals = windows.engines["tiny"].totals
+    assert [len(ring) for ring in totals._rings] == [120, 12, 2]
+    assert [len(ring) for ring in totals._expert_rings] == [12, 2]
+    assert totals.newest_s == 119.9
+
+
+def test_counts_beyond_32_bits_are_right_in_every_window() -> None:
+    windows, workers = Windows(), Workers()
+    workers.routed_LE[:] = (1 << 40) // 4
+    workers.tokens_L[:] = (1 << 40) // 2
+    workers.computed_LR[:] = (1 << 40) // 2
+    run(windows, workers, 0, 61)
+    found = matrix(windows.engines["tiny"], "expert", "before", 60.0, None)
+    assert np.sum(found.values) == 60 * 100 * 2 * 3
+
+
+def test_lost_and_doubled_reports_are_counted() -> None:
+    windows, workers = Windows(), Workers()
+    hear(windows, workers, 0)
+    workers.reports()
+    workers.reports()
+    workers.step()
+    assert hear(windows, workers, 1) == []
+    engine = windows.engines["tiny"]
+    assert (engine.lost, engine.doubled) == (4, 0)  # two of each rank
+    for report in list(engine.reports.values()):
+        assert windows.take(report, 2) == []
+    assert (engine.lost, engine.doubled) == (4, 2)
+    assert loads(engine, 10, 2.0).tokens == 100
 
 
 def test_states() -> None:
