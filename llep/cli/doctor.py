@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +22,8 @@ from packaging.version import Version
 
 from llep.cli.http import DEFAULT_SERVER, KeyFileOption, OutputOption, ServerOption
 from llep.cli.output import ExitCode, Format, show
+from llep.cli.preflight import VllmFlags, check_model, conflicts
+from llep.cli.preflight import check_settings as preflight_settings
 from llep.config import load_settings
 from llep.errors import LlepError, UnsupportedConfiguration
 from llep.scheduler.client import DEFAULT_ADDRESS, DEFAULT_STATE_DIR, check_address
@@ -31,6 +35,10 @@ DISK_WANTED = GIB
 CORES_WANTED = 2
 ENGINE_PORT, SERVER_PORT = 8000, 8088
 CONNECT_S = 2.0
+SLOW_NCCL = ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE")
+# Tried with llep in vLLM on this version; others are served if their kernel takes rows of chosen experts.
+TRIED_MODELS = ("gpt_oss", "deepseek_v3", "qwen3_moe")
+TRIED_QUANTIZATION = ("", "mxfp4")
 RAY_ADDRESS_FILE = Path("/tmp/ray/ray_current_cluster")
 
 # What is looked for, and what it is for. Without the last ones llep works, with less.
@@ -69,14 +77,23 @@ Environment = Mapping[str, str]
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command()(doctor)
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(doctor)
 
 
 def doctor(
-    server: ServerOption = DEFAULT_SERVER, key_file: KeyFileOption = None, output: OutputOption = Format.TABLE
+    context: typer.Context,
+    server: ServerOption = DEFAULT_SERVER,
+    key_file: KeyFileOption = None,
+    output: OutputOption = Format.TABLE,
 ) -> None:
-    """Check this machine: versions, memory, ports, folders, Ray, control plane. Exit code 4 if something fails."""
+    """Check this machine: versions, memory, links, ports, folders, Ray, control plane. Exit code 4 if something fails.
+
+    With MODEL and vLLM's flags, as for `llep serve`, also whether llep can work with them: llep doctor MODEL
+    --tensor-parallel-size 8 --enable-expert-parallel.
+    """
     findings = list(examine(server, key_file, os.environ))
+    if context.args:
+        findings += examine_serving(context.args[0], context.args[1:])
     show([asdict(finding) for finding in findings], output)
     failed = sum(finding.state is State.FAIL for finding in findings)
     if output is Format.TABLE:
@@ -92,6 +109,7 @@ def examine(server: str, key_file: Path | None, environ: Environment) -> Iterato
     yield from check_versions(installed)
     yield from check_torch(installed)
     yield check_gpus(installed)
+    yield check_links(os.environ)
     yield check_shared_memory()
     yield check_memory()
     yield check_cores()
@@ -104,6 +122,71 @@ def examine(server: str, key_file: Path | None, environ: Environment) -> Iterato
     yield check_port("port of vLLM's API", ENGINE_PORT, "--port")
     if control_plane.state is not State.OK:
         yield check_port("port of the control plane", _server_port(environ), "--port or LLEP_SERVER_PORT")
+
+
+def examine_serving(model: str, arguments: Sequence[str]) -> Iterator[Finding]:
+    """What `llep serve` would refuse, or what would go otherwise than somebody may think."""
+    try:
+        flags = VllmFlags(arguments)
+        ranks, ep_size = flags.ranks, flags.ep_size
+        found = list(conflicts(flags))
+    except LlepError as error:
+        yield Finding("vLLM's flags", State.FAIL, error.message, "correct them")
+        return
+    for flag, problem in found:
+        what, _, way_out = problem.partition("; ")
+        yield Finding("vLLM's flags", State.FAIL, f"{flag}: {what}", way_out)
+    if ep_size > 1:
+        yield Finding("expert parallelism", State.OK, f"{ep_size} ranks")
+    else:
+        way_out = (
+            "add --enable-expert-parallel" if ranks > 1 else "add --tensor-parallel-size 2 --enable-expert-parallel"
+        )
+        yield Finding("expert parallelism", State.FAIL, f"off, {ranks} ranks: there is nothing to balance", way_out)
+    yield _check_ranks(ranks)
+    try:
+        folder = Path(check_model(model, flags))
+        settings = preflight_settings(flags)
+    except LlepError as error:
+        yield Finding("model", State.FAIL, error.message, "correct it")
+        return
+    if not folder.is_dir():
+        yield Finding("model", State.OK, f"{model}: of a hub, vLLM fetches it")
+        return
+    yield from _check_checkpoint(folder, ep_size, settings.slots_per_rank)
+
+
+def _check_ranks(ranks: int) -> Finding:
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    have, what = (gpus, "GPUs") if gpus else (cores, "cores")
+    if ranks > have:
+        return Finding(
+            "devices", State.WARN, f"{ranks} ranks, {have} {what} here", f"use {have} ranks, or more machines"
+        )
+    return Finding("devices", State.OK, f"{ranks} ranks, {have} {what} here")
+
+
+def _check_checkpoint(folder: Path, ep_size: int, slots: int) -> Iterator[Finding]:
+    """The model's family and quantization against those that were tried, and what lending it takes."""
+    config = json.loads((folder / "config.json").read_text())
+    family = str(config.get("model_type", "unknown"))
+    tried = "tried with llep" if family in TRIED_MODELS else "not tried with llep: compare its answers with mode off"
+    yield Finding("model", State.OK if family in TRIED_MODELS else State.WARN, f"{family}, {tried}")
+    method = str((config.get("quantization_config") or {}).get("quant_method", ""))
+    if method not in TRIED_QUANTIZATION:
+        advice = "set verify_sample_ratio=0.01 at first: llep compares with plain EP, and stops lending if it differs"
+        yield Finding("quantization", State.WARN, f"{method}: not tried with llep", advice)
+    else:
+        yield Finding("quantization", State.OK, method or "none")
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    experts = next((value for key, value in config.items() if "num" in key and "expert" in key and "tok" not in key), 0)
+    layers = int(config.get("num_hidden_layers", 0))
+    if size and experts and layers:
+        per_expert = size / (int(experts) * layers)  # at most: attention and embeddings are in it
+        pool = _gib(int(slots * per_expert))
+        found = f"{size / GIB:.1f} GiB of weights over {ep_size} ranks; {slots} slots take at most {pool}"
+        yield Finding("memory of a rank", State.OK, found)
 
 
 def check_versions(installed: Mapping[str, str]) -> Iterator[Finding]:
@@ -157,6 +240,27 @@ def check_gpus(installed: Mapping[str, str]) -> Finding:
     if gpus and "torch" in installed and Version(installed["torch"]).local == "cpu":
         return Finding("GPUs", State.WARN, f"{gpus}, and a CPU build of torch", "to use them: pip install 'llep[vllm]'")
     return Finding("GPUs", State.OK, str(gpus) if gpus else "none: engines run on the CPU")
+
+
+def check_links(environ: Environment, topology: str | None = None) -> Finding:
+    """How GPUs reach each other: lends go that way. topology: what `nvidia-smi topo -m` says, asked if not given."""
+    name = "links between GPUs"
+    slow = [variable for variable in SLOW_NCCL if environ.get(variable) not in (None, "", "0")]
+    if slow:
+        advice = f"unset {slow[0]}: lends would go through the host"
+        return Finding(name, State.WARN, f"{slow[0]}={environ[slow[0]]}", advice)
+    topology = _nvidia_topology() if topology is None else topology
+    rows = [line.split() for line in topology.splitlines() if line.startswith("GPU")]
+    cells = [cell for row in rows for cell in row[1 : len(rows) + 1] if cell != "X"]
+    if not cells:
+        return Finding(name, State.OK, "none to look at: fewer than two GPUs, or no nvidia-smi")
+    pcie = [cell for cell in cells if not cell.startswith("NV")]
+    if pcie:
+        found = f"{len(pcie) // 2} of {len(cells) // 2} pairs without NVLink ({', '.join(sorted(set(pcie)))})"
+        return Finding(
+            name, State.WARN, found, "lending is dear there: `llep calibrate`, and give its file as cost_model"
+        )
+    return Finding(name, State.OK, f"NVLink between all {len(rows)} ({cells[0]})")
 
 
 def check_shared_memory(path: Path = Path("/dev/shm")) -> Finding:
@@ -340,6 +444,15 @@ def _secret_file(name: str, path: Path, variable: str) -> Finding:
     if mode & 0o077:
         return Finding(name, State.WARN, f"{path} is open to others ({mode & 0o777:o})", f"chmod 600 {path}")
     return Finding(name, State.OK, str(path))
+
+
+def _nvidia_topology() -> str:
+    """'' where there is no nvidia-smi, or where it says nothing."""
+    try:
+        done = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
 
 
 def _local_ray_address() -> str | None:

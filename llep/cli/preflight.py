@@ -24,13 +24,24 @@ TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
 DATA_PARALLEL = ("--data-parallel-size", "-dp")
 EXPERT_PARALLEL = ("--enable-expert-parallel", "-ep")
 
-_REFUSED_FLAGS = {
+# What llep can't balance exactly, and the way out. The engine refuses the same, by what vLLM makes of its flags.
+CONFLICTS = {
     "--enable-eplb": "vLLM's EPLB moves experts' homes while llep lends them; drop --enable-eplb",
     "--enable-lora": "LoRA on experts is not lent with them; drop --enable-lora",
     "--enable-dbo": "micro-batching runs two steps at once; drop --enable-dbo",
+    "--pipeline-parallel-size": "several EP groups in one engine; drop --pipeline-parallel-size",
+    "--prefill-context-parallel-size": "it splits tokens otherwise; drop --prefill-context-parallel-size",
+    "--cpu-offload-gb": "offloaded weights are not where they would be lent from; drop --cpu-offload-gb",
+    "--offload-group-size": "offloaded weights are not where they would be lent from; drop --offload-group-size",
+    "--all2all-backend moonep": "it balances by itself; choose another backend",
+}
+_NOT_OF_SERVE = {
     "--uds": "llep serve watches vLLM over TCP; drop --uds, choose an address with --host and --port",
     "--model": "the model is given as `llep serve MODEL`; drop --model",
 }
+_HARMLESS = {"--pipeline-parallel-size": "1", "--prefill-context-parallel-size": "1"}
+# With these vLLM deals a batch's tokens out over the tensor-parallel ranks, none twice.
+DEALING_BACKENDS = ("allgather_reducescatter", "naive")
 
 
 class VllmFlags:
@@ -156,19 +167,29 @@ def check_settings(flags: VllmFlags) -> Settings:
 
 def check_flags(flags: VllmFlags) -> None:
     """Raise UnsupportedConfiguration for combinations that llep can't work with, as far as flags tell."""
-    for flag, reason in _REFUSED_FLAGS.items():
+    for flag, reason in _NOT_OF_SERVE.items():
         if flags.has(flag):
             raise UnsupportedConfiguration(f"{flag}: {reason}", param=flag)
+    for flag, problem in conflicts(flags):
+        raise UnsupportedConfiguration(f"{flag}: {problem}", param=flag)
+
+
+def conflicts(flags: VllmFlags) -> Iterator[tuple[str, str]]:
+    """(flag, problem and way out) of each that llep can't work with."""
+    for conflict, problem in CONFLICTS.items():
+        flag, _, value = conflict.partition(" ")
+        given = flags.value(flag)
+        is_harmless = given is not None and given in ("0", _HARMLESS.get(flag))
+        if flags.has(flag) and not is_harmless and (not value or given == value):
+            yield conflict, problem
     tp = flags.number(*TENSOR_PARALLEL, default=1)
     dp = flags.number(*DATA_PARALLEL, default=1)
-    if tp > 1 and dp > 1 and flags.has(*EXPERT_PARALLEL):
-        raise UnsupportedConfiguration(
-            f"--tensor-parallel-size {tp} with --data-parallel-size {dp} would send every token {tp} times: use one of "
-            "the two with --enable-expert-parallel"
-        )
-    if flags.value("--all2all-backend") == "moonep":
-        raise UnsupportedConfiguration(
-            "--all2all-backend moonep balances by itself; choose another backend", param="--all2all-backend"
+    backend = flags.value("--all2all-backend") or DEALING_BACKENDS[0]
+    if tp > 1 and dp > 1 and flags.has(*EXPERT_PARALLEL) and backend not in DEALING_BACKENDS:
+        yield (
+            f"--all2all-backend {backend}",
+            f"with --tensor-parallel-size {tp} and --data-parallel-size {dp} every token would be sent {tp} times; "
+            f"choose --all2all-backend {DEALING_BACKENDS[0]}",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from llep.cli import doctor
 from llep.cli.doctor import GIB, Finding, State
+from llep.tiny_models import write_tiny_model
 
 TESTED = doctor._tested_ranges()
 
@@ -114,3 +116,50 @@ def test_ports() -> None:
         port = listener.getsockname()[1]
         assert doctor.check_port("port", port, "--port").state is State.WARN
     assert doctor.check_port("port", port, "--port").state is State.OK
+
+
+NVLINKED = """\
+        GPU0    GPU1    CPU Affinity
+GPU0     X      NV18    0-15
+GPU1    NV18     X      0-15
+"""
+
+
+@pytest.mark.parametrize(
+    ("topology", "environ", "state", "words"),
+    [
+        ("", {}, State.OK, "none to look at"),
+        (NVLINKED, {}, State.OK, "NVLink between all 2 (NV18)"),
+        (NVLINKED.replace("NV18", "PHB "), {}, State.WARN, "1 of 1 pairs without NVLink (PHB)"),
+        (NVLINKED, {"NCCL_P2P_DISABLE": "1"}, State.WARN, "NCCL_P2P_DISABLE=1"),
+    ],
+)
+def test_links(topology: str, environ: dict[str, str], state: State, words: str) -> None:
+    found = doctor.check_links(environ, topology)
+    assert (found.state, words in found.found) == (state, True), found
+
+
+def serving(*arguments: str) -> dict[str, Finding]:
+    return {finding.check: finding for finding in doctor.examine_serving(*arguments[:1], list(arguments[1:]))}
+
+
+def test_a_model_and_flags_that_go_together(tmp_path: Path) -> None:
+    model = write_tiny_model("qwen3", tmp_path / "model", layers=2).directory
+    found = serving(str(model), "--tensor-parallel-size", "2", "--enable-expert-parallel")
+    assert {finding.state for finding in found.values()} <= {State.OK, State.WARN}
+    assert found["expert parallelism"].found == "2 ranks" and "qwen3_moe, tried with llep" in found["model"].found
+    assert "slots take at most" in found["memory of a rank"].found
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "mixtral", "quantization_config": {"quant_method": "fp8"}}
+    (model / "config.json").write_text(json.dumps(config))
+    found = serving(str(model), "-tp", "2", "-ep")
+    assert (found["model"].state, found["quantization"].state) == (State.WARN, State.WARN)
+    assert "verify_sample_ratio" in found["quantization"].advice
+
+
+def test_flags_and_models_that_cant_be_served() -> None:
+    found = serving("openai/gpt-oss-20b", "--tensor-parallel-size", "2", "--enable-eplb")
+    assert found["vLLM's flags"].state is State.FAIL and found["vLLM's flags"].advice == "drop --enable-eplb"
+    assert found["expert parallelism"].state is State.FAIL and "of a hub" in found["model"].found
+    assert serving("/nowhere", "-tp", "2", "-ep")["model"].state is State.FAIL
+    assert serving("x/y", "-tp", "two")["vLLM's flags"].state is State.FAIL

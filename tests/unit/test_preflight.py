@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llep.cli import main
-from llep.cli.preflight import VllmFlags, check_settings, free_ports
+from llep.cli.preflight import VllmFlags, check_settings, conflicts, free_ports
 from llep.cli.stack import find_place, plan_stack, summary
 from llep.errors import UnsupportedConfiguration
 from llep.tiny_models import write_tiny_model
@@ -190,7 +190,12 @@ def test_no_weights(refused: Refused, model: Path, tmp_path: Path) -> None:
         (["MODEL", "--enable-dbo"], ("--enable-dbo", "drop --enable-dbo")),
         (["MODEL", "--uds", "/tmp/socket"], ("--uds", "--port")),
         (["MODEL", "--all2all-backend=moonep"], ("moonep", "choose another backend")),
-        (["MODEL", "-tp", "2", "-dp=2", "-ep"], ("size 2", "use one of the two")),
+        (
+            ["MODEL", "-tp", "2", "-dp=2", "-ep", "--all2all-backend", "deepep_low_latency"],
+            ("would be sent 2 times", "choose --all2all-backend allgather_reducescatter"),
+        ),
+        (["MODEL", "--pipeline-parallel-size", "2"], ("several EP groups", "drop --pipeline-parallel-size")),
+        (["MODEL", "--cpu-offload-gb=4"], ("offloaded weights", "drop --cpu-offload-gb")),
         (["MODEL", "-tp", "two"], ("--tensor-parallel-size", "'two'", "number from 1")),
         (["MODEL", "--data-parallel-size=0"], ("--data-parallel-size", "'0'", "number from 1")),
         (["MODEL", "--tensor-parallel-size"], ("--tensor-parallel-size", "got nothing")),
@@ -207,8 +212,9 @@ def test_flags_of_a_file_count_too(refused: Refused, model: Path, tmp_path: Path
     file = tmp_path / "vllm.yaml"
     file.write_text(
         "tensor-parallel-size: 2\ndata_parallel_size: 2\nenable-expert-parallel: true\nenable-lora: false\n"
+        "all2all-backend: deepep_low_latency\n"
     )
-    assert_said(refused(model, "--config", file), USAGE, "use one of the two")
+    assert_said(refused(model, "--config", file), USAGE, "would be sent 2 times")
     file.write_text("- tensor-parallel-size")
     assert_said(refused(model, "--config", file), USAGE, "flag: value", "list")
 
@@ -332,3 +338,9 @@ def test_keys_are_asked_for_but_not_printed(model: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("LLEP_SERVER_KEYS_FILE", "/keys")
     said, _ = vllm_command(str(model), tmp_path, "--api-key", "secret")
     assert "Bearer $VLLM_API_KEY" in said and "Bearer $LLEP_KEY" in said and "secret" not in said
+
+
+def test_flags_that_llep_works_with_are_no_conflict() -> None:
+    fine = [*("-tp", "2", "-dp", "2", "-ep", "--pipeline-parallel-size=1", "--cpu-offload-gb", "0")]
+    assert list(conflicts(VllmFlags(fine))) == []
+    assert list(conflicts(VllmFlags(["-tp", "8", "-ep", "--all2all-backend", "deepep_low_latency"]))) == []
