@@ -10,14 +10,13 @@ from typing import Any
 from llep.config import Mode
 from llep.errors import RevisionConflict, SettingsError, UnknownRevision
 from llep.scheduler.core import Core, check_limit, whom
-from llep.scheduler.desired import Desired, canonical, check_engines, difference
+from llep.scheduler.desired import LONGEST_TTL_S, Desired, canonical, check_engines, difference
 from llep.scheduler.show import applied_view
 from llep.scheduler.store import NewEvent
 from llep.views import AppliedView, EventKind, RevisionView, SettingsChange
 
 HELD_GRACE_S = 0.5  # an idle engine holds a revision but runs no step under it: no use in waiting longer
 LONGEST_WAIT_S = 60.0
-LONGEST_TTL_S = 30 * 86400.0
 LONGEST_AUTHOR = 200
 LONGEST_REASON = 2000
 

@@ -172,7 +172,7 @@ def decide_brake(evidence: Evidence, brake: Brake, now_s: float) -> Decision:
     twice as long. A sure gain FORGIVE_AFTER_S after the last time forgets it all.
     """
     inputs: dict[str, Any] = {**numbers_of(evidence), "strikes": brake.strikes}
-    if now_s < brake.until_s:
+    if now_s < brake.until_s <= now_s + LONGEST_BRAKE_S:  # a clock that was set back must not brake for ever
         inputs["until_s"] = brake.until_s
         return _brake("braking", f"turned down for another {brake.until_s - now_s:.0f} s", inputs)
     if evidence.settings.mode is not Mode.ACTIVE:

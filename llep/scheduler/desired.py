@@ -12,6 +12,7 @@ from llep.config import Settings, is_hot
 from llep.errors import SettingsError
 from llep.messages import PlacementOrder, RecordingOrder
 
+LONGEST_TTL_S = 30 * 86400.0  # of a change for a time
 EVERY = ""  # the target of a change that addresses all engines, also those still to come
 
 
@@ -114,7 +115,7 @@ class Desired(msgspec.Struct, frozen=True):
             (target, key)
             for target, overrides in self.temporary.items()
             for key, override in overrides.items()
-            if override.until_s is not None and override.until_s <= now_s
+            if _is_over(override, now_s)
         }
         if not over:
             return None
@@ -217,9 +218,14 @@ def _over(override: Override, beneath: Override | None) -> Override:
     return msgspec.structs.replace(override, exempt_until_s=exempt_until_s)
 
 
+def _is_over(override: Override, now_s: float) -> bool:
+    """Also where the clock was set back so far that it would hold for longer than anybody may ask for."""
+    return override.until_s is not None and not now_s < override.until_s <= now_s + LONGEST_TTL_S + 1.0
+
+
 def _left_at(override: Override, now_s: float) -> Override | None:
     """What is left of an override at that time."""
-    if override.until_s is None or override.until_s > now_s:
+    if not _is_over(override, now_s):
         return override
     if override.exempt_until_s is not None and override.exempt_until_s > now_s:
         return Override(None, override.revision, override.exempt_until_s)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llep.config import Settings
 from llep.errors import SettingsError
-from llep.scheduler.desired import Desired, adopted_patch, canonical, difference, sources
+from llep.scheduler.desired import LONGEST_TTL_S, Desired, adopted_patch, canonical, difference, sources
 
 ENGINES = ("a", "b", "c")
 MODES = ("off", "observe", "shadow", "active")
@@ -88,6 +88,13 @@ def test_a_temporary_mode_goes_back_to_the_last_that_was_not() -> None:
     assert desired.expired(49.0) is None and desired.next_expiry_s("a") == 50.0
     assert desired.expired(50.0) == ({"mode": None}, None)
     assert desired.without_expired(50.0, 4).effective("a", START).mode == "observe"
+
+
+def test_a_clock_set_back_by_years_ends_what_was_for_a_time() -> None:
+    desired = Desired().changed({"mode": "off"}, None, 1, 1e9)
+    assert desired.expired(1e9 - LONGEST_TTL_S) is None
+    assert desired.expired(1e9 - 3e8) == ({"mode": None}, None)
+    assert desired.without_expired(1e9 - 3e8, 2).effective("a", START).mode == "shadow"
 
 
 def test_an_engine_can_be_taken_out_of_what_holds_for_all() -> None:
