@@ -61,11 +61,16 @@ bench: $(READY)
 	$(BIN)/python -m bench.scrape --append
 	$(BIN)/python -m bench.layer --sweep all --append
 	$(BIN)/python -m bench.serving --append
+	$(BIN)/python -m bench.server --append
+	$(BIN)/python -m bench.server --scrape --append
 	$(BIN)/python -m bench.page --append
 
 # Long runs of what `make test` runs a short share of.
 soak: $(READY)
 	$(BIN)/python -m bench.planning.fuzz --append
+	$(BIN)/python -m bench.http_fuzz --append
+	$(BIN)/python -m bench.server_kills --append
+	$(BIN)/python -m bench.server --minutes 10 --append
 	$(BIN)/python -m bench.soak --append
 	$(BIN)/python -m bench.scheduler.faults --append
 	$(BIN)/python -m bench.monitoring --append

@@ -144,12 +144,13 @@ def serve_control_plane(path: str) -> None:
 
     from llep_server.app import create_app
     from llep_server.config import ServerConfig
-    from llep_server.connections import UVICORN_OPTIONS
+    from llep_server.connections import UVICORN_OPTIONS, settle_memory
 
     os.sched_setaffinity(0, {0})
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         print(listener.getsockname()[1], flush=True)
         app = create_app(ServerConfig(), Caller(path))
+        settle_memory()
         uvicorn.Server(uvicorn.Config(app, **UVICORN_OPTIONS)).run(sockets=[listener])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from typing import Any
 
@@ -67,6 +68,12 @@ UVICORN_OPTIONS: dict[str, Any] = {
     "timeout_graceful_shutdown": 5,
     "lifespan": "on",
 }
+
+
+def settle_memory() -> None:
+    """What start-up made stays anyway: looking through it for garbage would stop everything for 100 ms now and then."""
+    gc.collect()
+    gc.freeze()
 
 
 def give_up_the_unread(listener: socket.socket) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -215,7 +216,7 @@ class Scheduler:
     async def snapshot(self) -> SchedulerSnapshot:
         """All that /metrics needs."""
         try:
-            return decode_snapshot(await self._caller.call("metrics"))
+            return await asyncio.to_thread(decode_snapshot, await self._caller.call("metrics"))
         except ValueError as error:
             raise SchedulerUnreachable(
                 f"the scheduler's answer can't be read ({error}): run control plane and scheduler in the same version"
