@@ -239,6 +239,7 @@ class _Layer:
         self.version = 0
         self._losses: list[tuple[float, int, int]] | None = None
         self._displaceable: tuple[float, Ids] | None = None
+        self._most_value: float | None = None
         self._mean = sum(self.split.rank_loads) / len(limits.budget_bytes)
         self._min_gain = limits.min_gain_ratio * self._mean
         self._sigmas = limits.noise_sigmas
@@ -268,6 +269,15 @@ class _Layer:
                 per_copy = self.pairs / len(copies)
                 return _Step(gain * per_copy, sure_gain * per_copy, tuple(copies))
         return None
+
+    @property
+    def most_value(self) -> float:
+        """What the best step would surely be worth if there were room everywhere."""
+        if self._most_value is None:
+            everywhere = np.full(len(self.split.rank_loads), np.iinfo(np.int64).max)
+            step = self.best_step(everywhere)
+            self._most_value = step.sure_value if step is not None else 0.0
+        return self._most_value
 
     def losses(self) -> list[tuple[float, int, int]]:
         """(pairs, expert, rank): by how much the windows' highest rank load would be higher without each old copy."""
@@ -308,7 +318,7 @@ class _Layer:
 
     def _changed(self) -> None:
         self.version += 1
-        self._losses = self._displaceable = None
+        self._losses = self._displaceable = self._most_value = None
 
 
 class _Entry(NamedTuple):
@@ -351,9 +361,8 @@ class _Spending:
     def thresholds(self) -> Iterable[float]:
         """0: into free room only. Then, falling, losses below which a present copy may be displaced."""
         yield 0.0
-        everywhere = np.full_like(self._room_R, np.iinfo(np.int64).max)
-        values = [step.sure_value for layer in self.layers if (step := layer.best_step(everywhere))]
-        threshold, lowest = max(values, default=0.0), min(layer.min_value for layer in self.layers)
+        threshold = max((layer.most_value for layer in self.layers), default=0.0)
+        lowest = min(layer.min_value for layer in self.layers)
         while threshold >= max(lowest / 2.0, 1e-12):
             yield threshold
             threshold /= 2.0
@@ -374,6 +383,8 @@ class _Spending:
 
     def _entry(self, at: int, displaced_below: float) -> _Entry | None:
         layer = self.layers[at]
+        if displaced_below and layer.most_value < displaced_below:
+            return None  # less room than everywhere makes no step worth more
         step = layer.best_step(self._room(displaced_below))
         if step is None or step.sure_value < displaced_below:
             return None

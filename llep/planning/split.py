@@ -19,6 +19,7 @@ Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
 SWEEPS = 100
+TRIAL_SWEEPS = 8
 NEAR_SWEEPS = 2
 TOLERANCE = 1e-6  # of the mean rank load
 
@@ -89,14 +90,14 @@ class Split:
         """(rank, load) of the expert over its copies, in order of rank."""
         return sorted(self._shares.get(expert, {self._home[expert]: self._loads[expert]}).items())
 
-    def add(self, copies: Iterable[tuple[int, int]]) -> None:
-        """Add copies (expert, rank) where the expert is not yet, and split anew."""
+    def add(self, copies: Iterable[tuple[int, int]], sweeps: int = SWEEPS) -> None:
+        """Add copies (expert, rank) where the expert is not yet, and split anew, with at most so many sweeps."""
         for expert, rank in copies:
             share = self._shares.setdefault(expert, {self._home[expert]: self._loads[expert]})
             assert rank not in share, f"expert {expert} is on rank {rank} already"
             share[rank] = 0.0
             self._experts_of[rank].append(expert)
-        self._balance()
+        self._balance(sweeps)
 
     def drop(self, expert: int, rank: int) -> None:
         """Take a copy away from a rank that is not the expert's home, and split anew."""
@@ -104,9 +105,9 @@ class Split:
         self._balance()
 
     def with_copies(self, copies: Iterable[tuple[int, int]]) -> Split:
-        """Another split, with these copies added."""
+        """Another split, with these copies added, near enough to its best to be compared."""
         other = self._copied()
-        other.add(copies)
+        other.add(copies, TRIAL_SWEEPS)
         return other
 
     def without(self, expert: int, rank: int) -> Split:
@@ -189,9 +190,9 @@ class Split:
         if len(self._shares[expert]) == 1:
             del self._shares[expert]
 
-    def _balance(self) -> None:
+    def _balance(self, sweeps: int = SWEEPS) -> None:
         """Split every expert with copies over them, in turn, until nothing moves any more."""
-        for _ in range(SWEEPS):
+        for _ in range(sweeps):
             if max((self._level(expert) for expert in self._shares), default=0.0) <= self._tolerance:
                 return
 
