@@ -125,6 +125,32 @@ def hand_in(ray_head: RayHead, state_dir: Path, engine: Engine, *, times: int = 
     asyncio.run(run())
 
 
+def ask_everything(http: httpx.Client) -> None:
+    """Each question once, and changes that change nothing: all of the surface is there in the real scheduler."""
+    for path in (
+        *("/v1/engines", "/v1/engines/tiny", "/v1/settings?engine=tiny", "/v1/settings/schema"),
+        *("/v1/settings/revisions", "/v1/loads?phase=prefill", "/v1/loads/history", "/v1/loads/matrix?by=expert"),
+        *("/v1/loads/matrix?format=parquet", "/v1/loads/hot", "/v1/plans", "/v1/placement", "/v1/advice"),
+        *("/v1/decisions", "/v1/recordings", "/v1/operations", "/v1/events?engine=tiny&kind=engine_up"),
+    ):
+        answer = http.get(path)
+        assert answer.status_code == 200, (path, answer.text)
+    with http.stream("GET", "/v1/loads/stream") as stream:
+        assert next(line for line in stream.iter_lines() if line.startswith("event")) == "event: loads"
+    for path, code in (("/v1/plans/4611686018427387904", "unknown_plan"), ("/v1/recordings/x", "unknown_recording")):
+        assert http.get(path).json()["error"]["code"] == code
+    for path, body, codes in (
+        ("/v1/placement/suggest", None, (None, "placement_refused")),
+        ("/v1/placement/apply", {"dry_run": True}, ("placement_refused",)),  # replicas is off
+        ("/v1/placement/rollback", {}, ("placement_refused",)),
+        ("/v1/settings/rollback", {"revision": 99}, ("unknown_revision",)),
+        ("/v1/tuning", {"recording": "x"}, ("unknown_recording",)),
+        ("/v1/plans/simulate", {"tokens": [[9000, 1], [9000, 1]], "min_chunk_tokens": 1}, (None,)),
+    ):
+        answer = http.post(path, json=body, timeout=90)
+        assert answer.json().get("error", {}).get("code") in codes, (path, answer.text)
+
+
 def test_from_nothing_to_ready_through_a_change_and_the_end_of_ray(
     http: httpx.Client, ray_head: RayHead, tmp_path: Path
 ) -> None:
@@ -145,6 +171,7 @@ def test_from_nothing_to_ready_through_a_change_and_the_end_of_ray(
     conflict = http.patch("/v1/settings", json={"watchdog_s": 30}, headers={"If-Match": '"0"'})
     assert conflict.status_code == 412 and conflict.json()["error"]["code"] == "revision_conflict"
     assert http.get("/v1/engines/nobody").status_code == 404
+    ask_everything(http)
 
     ray_head.kill()
     wait_until(lambda: http.get("/v1/engines").status_code == 503, 30)
