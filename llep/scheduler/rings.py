@@ -9,12 +9,17 @@ import numpy.typing as npt
 
 Rows = npt.NDArray[Any]
 
+MOST_BYTES = 32 << 20  # of one ring
+FEWEST_ROWS = 2
+
 
 class Ring:
     """The first row of every step of time, the last `capacity` of them. Memory is taken as rows come."""
 
     def __init__(self, step_s: float, capacity: int, width: int, dtype: type[np.generic] = np.float64) -> None:
         self.step_s = step_s
+        # An engine of absurd size gets a shorter memory, not more of it.
+        capacity = max(min(capacity, MOST_BYTES // (width * np.dtype(dtype).itemsize)), FEWEST_ROWS)
         self._times = np.zeros(capacity)
         self._rows: Rows = np.zeros((capacity, width), dtype=dtype)  # untouched pages take no memory
         self._count = 0

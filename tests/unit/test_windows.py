@@ -13,6 +13,7 @@ import pytest
 from llep.messages import Array, Histogram, PlanSample, Report, Worth, encode
 from llep.scheduler.admit import Refusal, Refused, decode
 from llep.scheduler.show_loads import history, hot, loads, matrix
+from llep.scheduler.totals import Totals
 from llep.scheduler.windows import FORGET_AFTER_S, Windows
 from llep.views import EngineState, EventKind
 from tests.scheduler.peer import BYTES_PER_SLOT, Workers
@@ -110,6 +111,13 @@ def test_reports_by_the_tenth_of_a_second_take_no_more_memory() -> None:
     assert [len(ring) for ring in totals._rings] == [120, 12, 2]
     assert [len(ring) for ring in totals._expert_rings] == [12, 2]
     assert totals.newest_s == 119.9
+
+
+def test_a_huge_engine_gets_a_shorter_memory() -> None:
+    totals = Totals(ep_size=2560, num_layers=58, num_experts=2560)
+    rings = [*totals._rings, *totals._expert_rings]
+    assert all(ring._rows.nbytes <= 32 << 20 for ring in rings)
+    assert all(len(ring._times) >= 10 for ring in rings)
 
 
 def test_counts_beyond_32_bits_are_right_in_every_window() -> None:
