@@ -83,12 +83,12 @@ def _means(of_workloads: dict[str, dict[str, Any]], home_s: dict[str, float]) ->
 
 def table(phase: str, by_ranks: dict[int, dict[str, Any]], measured: dict[str, float]) -> str:
     """Markdown: for each planner and number of ranks imbalance before and after, lends per layer and step, and the
-    predicted gain; measured: planner -> gain on two ranks.
+    predicted gain of MoE layers; measured: planner -> gain of prefill on two ranks in vLLM.
     """
     before = {ranks: planners["home"]["imbalance_ratio"] for ranks, planners in by_ranks.items()}
     heads = [f"{phase}: planner", *(f"{ranks} ranks, {ratio:.2f} before" for ranks, ratio in before.items())]
     if measured:
-        heads.append("measured on 2")
+        heads.append("prefill measured on 2")
     lines = [_row(heads), "|---" * len(heads) + "|"]
     for name in PLANNERS:
         cells = [f"`{name}`", *(_cell(planners[name]) for planners in by_ranks.values())]
@@ -115,7 +115,7 @@ def results(phase: str) -> tuple[dict[int, dict[str, Any]], dict[str, float]]:
     of_planner: dict[str, dict[str, float]] = {"home": {"": 1.0}}
     for line in lines if phase == "prefill" else ():
         if line["case"] == "gain":
-            of_planner.setdefault(line.get("planner", "quota"), {})[line["workload"]] = line["moe_ratio"]
+            of_planner.setdefault(line.get("planner", "quota"), {})[line["workload"]] = line["prefill_ratio"]
     measured = {planner: statistics.fmean(ratios.values()) for planner, ratios in of_planner.items()}
     return by_ranks, measured if phase == "prefill" else {}
 
