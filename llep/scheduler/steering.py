@@ -86,6 +86,7 @@ class Steering(Placements):
             known = self._windows.engines
             self._decide_next_s = {name: at_s for name, at_s in self._decide_next_s.items() if name in known}
             self._brakes = {name: brake for name, brake in self._brakes.items() if name in known}
+            self._said = {key: said for key, said in self._said.items() if key[0] in known}
             await asyncio.sleep(1.0)
 
     async def _steer(self, engine: Engine) -> None:
@@ -105,9 +106,9 @@ class Steering(Placements):
         await self._steer_placement(engine)
 
     def _evidence(self, engine: Engine) -> Evidence:
-        """Of what the engine runs now: what was before its present revision says nothing about it."""
+        """Of the settings that the engine runs now: what was before says nothing about them."""
         now_s = time.monotonic()
-        window_s = min(WINDOW_S, now_s - engine.live_changed_s)
+        window_s = min(WINDOW_S, now_s - engine.settled_s)
         return evidence_of(engine, window_s, now_s, self._interval_s(engine))
 
     # Settings.

@@ -78,7 +78,7 @@ class Engine:
     refused: Counter[str] = field(default_factory=Counter)
     lost: int = 0  # reports, by the gaps in their numbers
     doubled: int = 0
-    live_changed_s: float = 0.0  # when the revision that is live was first seen
+    settled_s: float = 0.0  # since when it runs the settings that are live; placements come and go under them
     plans: deque[KeptPlan] = field(default_factory=lambda: deque(maxlen=MOST_PLANS))
     totals: Totals = field(init=False)
     per_rank_RX: npt.NDArray[np.float64] = field(init=False)
@@ -239,15 +239,13 @@ def _put(engine: Engine, report: Report, found: Counters, now_s: float) -> None:
     before = engine.reports.get(report.rank)
     if before is None or before.live_settings != report.live_settings:
         engine.live[report.rank] = parse_settings(report.live_settings)
+        engine.settled_s = now_s
     if before is not None:
         engine.lost += report.seq - before.seq - 1
-    live_revision = engine.live_revision
     engine.reports[report.rank] = report
     engine.counted[report.rank] = found
     engine.seen_s[report.rank] = now_s
     engine.per_rank_RX[report.rank] = per_rank(report)
-    if engine.live_revision != live_revision or not engine.live_changed_s:
-        engine.live_changed_s = now_s
     if report.group is not None:
         _put_group(engine, report, found, now_s)
 
