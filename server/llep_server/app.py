@@ -64,6 +64,7 @@ def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
     app.state.scheduler = scheduler
     app.state.exposition = exposition
     app.state.broadcast = broadcast
+    app.state.docs_pages = {}
     app.state.simulator = simulator
     app.state.operations = operations
     app.state.downloads = Downloads(scheduler)

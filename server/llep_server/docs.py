@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from typing import Any
 
@@ -34,15 +34,19 @@ th, td { text-align: left; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid
 """
 
 
+Schemas = Mapping[str, Mapping[str, Any]]
+
+
 def page(openapi: Mapping[str, Any], base_url: str) -> str:
     """The whole page as HTML. `base_url` is where the reader reached the control plane."""
+    schemas: Schemas = openapi["components"]["schemas"]
     operations = [
         (method, path, operation)
         for path, methods in openapi["paths"].items()
         for method, operation in methods.items()
         if method in METHODS
     ]
-    routes = "".join(_operation(base_url, *operation) for operation in operations)
+    routes = "".join(_operation(base_url, *operation, schemas) for operation in operations)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>llep control plane</title><style>{STYLE}</style></head><body>
@@ -53,22 +57,76 @@ def page(openapi: Mapping[str, Any], base_url: str) -> str:
 scope read, changing needs scope admin. Every answer carries <code>X-Request-Id</code>; every failure has the body
 <code>{{"error": {{"message", "type", "param", "code"}}, "request_id"}}</code>.</p>
 <h2>Routes</h2>{routes}
+<h2>What goes over the wire</h2>{_shapes(schemas)}
 <h2>Settings</h2>{_settings()}
 <h2>Metrics</h2><p>At <a href="/metrics">/metrics</a>; all but {" and ".join(SCHEDULER_FAMILIES)} carry the labels
 {" and ".join(f"<code>{label}</code>" for label in ENGINE_LABELS)}.</p>{_metrics()}
 </body></html>"""
 
 
-def _operation(base_url: str, method: str, path: str, operation: Mapping[str, Any]) -> str:
+def _operation(base_url: str, method: str, path: str, operation: Mapping[str, Any], schemas: Schemas) -> str:
     text = operation.get("description") or operation.get("summary", "")
     parameters = operation.get("parameters", ())
-    rows = (
+    rows = [
         (f"<code>{escape(p['name'])}</code>", p["in"], escape(_rule(p["schema"])), escape(p.get("description", "")))
         for p in parameters
-    )
-    table = _table(("parameter", "in", "is", ""), rows) if parameters else ""
+    ]
+    rows += [(*row[:1], "body", *row[1:]) for row in _members(_body_schema(operation, schemas))]
+    table = _table(("parameter", "in", "is", ""), rows) if rows else ""
     example = escape(curl(base_url, method, path))
-    return f"<h3><code>{method.upper()} {escape(path)}</code></h3><p>{escape(text)}</p>{table}<pre>{example}</pre>"
+    heading = f"<h3><code>{method.upper()} {escape(path)}</code></h3>"
+    return f"{heading}<p>{escape(text)}</p>{table}<pre>{example}</pre><p>{_answers(operation)}</p>"
+
+
+def _body_schema(operation: Mapping[str, Any], schemas: Schemas) -> Mapping[str, Any]:
+    """JSON Schema of the body; empty where there is none."""
+    for content in operation.get("requestBody", {}).get("content", {}).values():
+        schema: Mapping[str, Any] = content["schema"]
+        name = next((_reference(option) for option in (schema, *schema.get("anyOf", ())) if "$ref" in option), None)
+        return schemas[name] if name else schema
+    return {}
+
+
+def _members(schema: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for name, rule in schema.get("properties", {}).items():
+        needed = ", needed" if name in schema.get("required", ()) else ""
+        yield f"<code>{escape(name)}</code>", escape(_rule(rule) + needed), escape(rule.get("description", ""))
+
+
+def _answers(operation: Mapping[str, Any]) -> str:
+    """What comes back: the good answers with their shapes, the failures by number."""
+    good, failures = [], []
+    for status, response in operation["responses"].items():
+        if status >= "400":
+            failures.append(status)
+            continue
+        shapes = [
+            _link(content["schema"]) if content.get("schema") else escape(media_type)
+            for media_type, content in response.get("content", {}).items()
+        ]
+        good.append(f"{status}: {' or '.join(shapes) or 'nothing'}")
+    return f"Answers {', '.join(good)}" + (f"; fails with {', '.join(failures)}." if failures else ".")
+
+
+def _link(schema: Mapping[str, Any]) -> str:
+    if "$ref" not in schema:
+        return escape(_rule(schema))
+    name = escape(_reference(schema))
+    return f'<a href="#{name}"><code>{name}</code></a>'
+
+
+def _shapes(schemas: Schemas) -> str:
+    """Every object that goes over the wire, member by member."""
+    return "".join(
+        f'<h3 id="{escape(name)}"><code>{escape(name)}</code></h3><p>{escape(schema.get("description", ""))}</p>'
+        + _table(("member", "is", ""), _members(schema))
+        for name, schema in schemas.items()
+        if schema.get("properties")
+    )
+
+
+def _reference(schema: Mapping[str, Any]) -> str:
+    return str(schema["$ref"]).rpartition("/")[2]
 
 
 def curl(base_url: str, method: str, path: str) -> str:
@@ -85,18 +143,24 @@ def curl(base_url: str, method: str, path: str) -> str:
 
 def _rule(schema: Mapping[str, Any]) -> str:
     """A JSON schema of one value in a few words."""
+    if "$ref" in schema:
+        return _reference(schema)
     if "anyOf" in schema:
-        return _rule(next(option for option in schema["anyOf"] if option.get("type") != "null"))
-    if "$ref" in schema or "enum" in schema:
-        return (
-            "one of " + ", ".join(map(str, schema["enum"])) if "enum" in schema else schema["$ref"].rpartition("/")[2]
-        )
-    if schema["type"] == "array":
+        return " or ".join(_rule(option) for option in schema["anyOf"])
+    if "const" in schema:
+        return json.dumps(schema["const"])
+    if "enum" in schema:
+        return "one of " + ", ".join(map(str, schema["enum"])) + _default(schema)
+    kind = schema.get("type", "anything")
+    if kind == "array" and "items" in schema:
         return "list of " + _rule(schema["items"])
     low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
     bounds = f", {low:g} to {high:g}" if low is not None and high is not None else ""
-    default = f", default {schema['default']}" if schema.get("default") not in (None, "") else ""
-    return f"{schema['type']}{bounds}{default}"
+    return f"{kind}{bounds}{_default(schema)}"
+
+
+def _default(schema: Mapping[str, Any]) -> str:
+    return f", default {schema['default']}" if schema.get("default") not in (None, "") else ""
 
 
 def _settings() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import threading
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ from running import Running
 
 from llep import __version__
 from llep.config import Settings
+from llep.errors import StoreUnavailable
 
 
 def error_of(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
@@ -388,6 +390,40 @@ def test_revisions_are_listed_and_taken_back(running: Running) -> None:
     assert back.json()["revision"] == 4 and back.headers["ETag"] == '"4"'
     assert value_of(running.http.get("/v1/settings").json(), "watchdog_s") == 30
     error_of(running.http.post("/v1/settings/rollback", json={"revision": 99}), 404, "unknown_revision")
+
+
+def test_of_many_changes_of_one_revision_one_is_made(running: Running) -> None:
+    statuses: list[int] = []
+
+    def change(watchdog_s: int) -> None:
+        answer = httpx.patch(
+            f"{running.url}/v1/settings",
+            json={"watchdog_s": watchdog_s},
+            headers={"If-Match": '"0"'},
+            timeout=20,
+            trust_env=False,
+        )
+        statuses.append(answer.status_code)
+
+    threads = [threading.Thread(target=change, args=(10 + number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(statuses) == [200] + 11 * [412]
+    assert running.http.get("/v1/settings").json()["revision"] == 1
+
+
+def test_a_store_that_cannot_be_written_refuses_changes_and_answers_the_rest(running: Running) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise StoreUnavailable("the state can't be written: No space left on device")
+
+    running.caller.scheduler._journal.commit = full  # type: ignore[method-assign]
+    for method, path, body in (("PATCH", "/v1/settings", {"watchdog_s": 9}), ("PUT", "/v1/mode", {"mode": "off"})):
+        answer = running.http.request(method, path, json=body)
+        assert "No space left" in error_of(answer, 503, "store_unavailable")["message"]
+        assert answer.headers["Retry-After"] == "2"
+    assert running.http.get("/v1/settings").json()["revision"] == 0
 
 
 def test_events_of_an_engine_and_of_a_kind(running: Running) -> None:

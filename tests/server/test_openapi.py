@@ -40,6 +40,21 @@ def test_every_operation_says_what_it_does_and_how_it_fails() -> None:
                 assert response["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorBody"}
 
 
+def test_docs_show_every_parameter_member_and_shape(unchanged: Running) -> None:
+    page = unchanged.http.get("/docs").text
+    assert page == unchanged.http.get("/docs").text  # kept
+    described = json.loads(CHECKED_IN.read_text())
+    for method, path, operation in operations():
+        section = page.split(f"<h3><code>{method.upper()} {path}</code></h3>")[1].split("<h3>")[0]
+        for parameter in operation.get("parameters", ()):
+            assert f"<code>{parameter['name']}</code>" in section, (path, parameter["name"])
+        for status in operation["responses"]:
+            assert status in section or "HTTPBearer" in status, (path, status)
+    for name, schema in described["components"]["schemas"].items():
+        for member in schema.get("properties", ()):
+            assert f"<code>{member}</code>" in page.split(f'id="{name}"')[1].split("<h3")[0], (name, member)
+
+
 def test_every_body_has_an_example_that_is_taken(running: Running) -> None:
     """By the schema: what it is about need not be there."""
     taken = {path for _, path, operation in operations() if operation.get("requestBody", {}).get("required")}

@@ -16,14 +16,21 @@ from llep_server.keys import KeyRing
 from llep_server.metrics import Exposition
 from llep_server.schemas import Health, Live, Readiness, Unready, Version
 
+MOST_DOCS_PAGES = 8
+
 router = APIRouter(tags=["operations"], responses=describe(403))
 scrape = APIRouter(tags=["operations"], responses=describe(401, 403, 429))
 
 
 @router.get("/docs", include_in_schema=False)
 async def documentation(request: Request) -> HTMLResponse:
-    page = docs.page(request.app.openapi(), str(request.base_url).rstrip("/"))
-    return HTMLResponse(page, headers={"Content-Security-Policy": docs.CONTENT_SECURITY_POLICY})
+    pages: dict[str, str] = request.app.state.docs_pages
+    base_url = str(request.base_url).rstrip("/")
+    if base_url not in pages:
+        if len(pages) >= MOST_DOCS_PAGES:  # Host can be anything
+            pages.clear()
+        pages[base_url] = docs.page(request.app.openapi(), base_url)
+    return HTMLResponse(pages[base_url], headers={"Content-Security-Policy": docs.CONTENT_SECURITY_POLICY})
 
 
 @router.get("/livez")
