@@ -143,6 +143,11 @@ class HistoryPoint(View):
     lends: int
     lend_bytes: int
     layer_seconds: float
+    phase_seconds: dict[str, float] = {}  # mean over ranks
+    predicted_gain_s: float = 0.0  # by the plans' cost model; 0 without one
+    measured_gain_s: float | None = None  # against the steps computed by plain EP; None without one
+    memory_used_R: list[int] = []  # at time_s
+    memory_free_R: list[int] = []
 
 
 class LoadMatrix(View):

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from llep.config import Mode, Settings
+from llep.messages import STEP_PHASES
 from llep.scheduler.evidence import Evidence, Gain
 
 FEWEST_LAYER_STEPS = 200.0  # of a verdict without a control group
@@ -69,7 +68,7 @@ def _advise_active(evidence: Evidence, gain: Gain | None, numbers: dict[str, flo
     if gain is None:
         reason = (
             "lending is on, but too few steps were computed by plain EP to compare with: "
-            f"probe_ratio is {_probe_ratio(evidence.settings):g}, lends {evidence.lends:.0f}"
+            f"probe_ratio is {evidence.settings.probe_ratio:g}, lends {evidence.lends:.0f}"
         )
         return _advice("not_enough_evidence", reason, numbers)
     measured = f"measured: {_percent(gain.ratio)} ± {_percent(gain.error)} of the time in the layers that lend"
@@ -94,7 +93,7 @@ def _advise_observe(evidence: Evidence, numbers: dict[str, float | None]) -> Dec
     reason = f"perfect balance would save at most {_percent(ratio)} of the time in MoE layers"
     decided = _verdict(reason, ratio, numbers)
     if decided.outcome == "worth_it" and not evidence.has_cost_model:
-        return Decision(**{**_fields(decided), "reason": f"{reason}; mode shadow tells how much of it plans reach"})
+        return replace(decided, reason=f"{reason}; mode shadow tells how much of it plans reach")
     return decided
 
 
@@ -119,8 +118,8 @@ def balancing_gain(evidence: Evidence) -> float:
     the threshold leave alone save nothing.
     """
     saved_s = 0.0
-    for phase, before in zip(("prefill", "decode"), evidence.before_P.tolist(), strict=True):
-        at = ("prefill", "decode").index(phase)
+    for at, phase in enumerate(STEP_PHASES):
+        before = float(evidence.before_P[at])
         is_large = evidence.batch_tokens_P[at] >= evidence.settings.min_batch_tokens
         is_chosen = evidence.settings.phases in ("both", phase)
         if not (math.isfinite(before) and is_large and is_chosen and before >= evidence.settings.imbalance_threshold):
@@ -189,8 +188,9 @@ def decide_brake(evidence: Evidence, brake: Brake, now_s: float) -> Decision:
     inputs["strikes"] = strikes
     for_s = min(BRAKE_S * 2.0 ** max(strikes - 1, 0), LONGEST_BRAKE_S)
     raised = round(1.0 + RAISED_FACTOR * max(evidence.settings.imbalance_threshold - 1.0, 0.1), 3)
-    patch: dict[str, Any] = {"imbalance_threshold": raised} if strikes == 1 and raised <= 100 else {"mode": "observe"}
-    what = f"imbalance_threshold={raised:g}" if strikes == 1 and raised <= 100 else "mode=observe"
+    is_mild = strikes == 1 and raised <= 100
+    patch: dict[str, Any] = {"imbalance_threshold": raised} if is_mild else {"mode": "observe"}
+    what = f"imbalance_threshold={raised:g}" if is_mild else "mode=observe"
     reason = (
         f"lending makes the layers that lend slower, by {_percent(-gain.ratio)} ± {_percent(gain.error)} over "
         f"{evidence.window_s:.0f} s: {what} for {for_s:.0f} s, then it is tried again"
@@ -306,14 +306,6 @@ def _towards(value: float, wanted: float, bounds: tuple[float, float]) -> float 
     return round(found, 3) if is_ratio else round(found)
 
 
-def _probe_ratio(settings: Settings) -> float:
-    return settings.probe_ratio
-
-
-def _fields(decision: Decision) -> dict[str, Any]:
-    return {name: getattr(decision, name) for name in decision.__dataclass_fields__}
-
-
 def _percent(ratio: float) -> str:
     return f"{100 * ratio:.1f}%"
 
@@ -323,4 +315,4 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _significant(value: float) -> float:
-    return float(np.format_float_scientific(value, 4)) if math.isfinite(value) else 0.0
+    return float(f"{value:.4g}") if math.isfinite(value) else 0.0

@@ -58,6 +58,11 @@ def measured_gain(worth_NPW: Floats) -> Gain | None:
     return Gain(ratio, error, saved_s, lent_steps, probed_steps)
 
 
+def saved_s(worth_PW: Floats) -> float:
+    """Seconds saved by lending, in the phases that have been probed."""
+    return _gain(worth_PW)[1]
+
+
 def _gain(worth_PW: Floats) -> tuple[float, float]:
     """(ratio, seconds saved) over the phases that have been probed."""
     is_probed_P = worth_PW[:, PROBED_PAIRS] > 0

@@ -13,7 +13,7 @@ from llep.loads import imbalance_ratio
 from llep.messages import LAYER_PHASES, STEP_PHASES
 from llep.planning.replicas import Forecast, Replica
 from llep.scheduler.decide_placement import Ground, refusal
-from llep.scheduler.evidence import Evidence
+from llep.scheduler.evidence import PROBED_PAIRS, Evidence, saved_s
 from llep.scheduler.show import ToUnixTime
 from llep.scheduler.totals import DECISIONS, Columns, Window, empty_window
 from llep.scheduler.windows import Engine, KeptPlan
@@ -86,12 +86,15 @@ def history(engine: Engine, window_s: float, step_s: float, to_unix_time: ToUnix
     times, rows = engine.totals.series(window_s, max(step_s, window_s / MOST_POINTS))
     columns = engine.totals.columns
     return [
-        _point(columns, to_unix_time(float(at_s)), row)
-        for at_s, row in zip(times[1:], np.diff(rows, axis=0), strict=True)
+        _point(columns, to_unix_time(float(at_s)), row, before)
+        for at_s, row, before in zip(times[1:], rows[1:], rows[:-1], strict=True)
     ]
 
 
-def _point(columns: Columns, time_s: float, row: Floats) -> HistoryPoint:
+def _point(columns: Columns, time_s: float, newest: Floats, before: Floats) -> HistoryPoint:
+    row = newest - before
+    worth_PW = columns.read(row, "worth_PW")
+    is_probed = bool(worth_PW[:, PROBED_PAIRS].sum() > 0)
     layer_steps = float(columns.read(row, "layer_steps_P").sum())
     imbalance_S = columns.read(row, "imbalance_sum_PS").sum(axis=0) / max(layer_steps, 1.0)
     return HistoryPoint(
@@ -105,6 +108,11 @@ def _point(columns: Columns, time_s: float, row: Floats) -> HistoryPoint:
         lends=int(columns.read(row, "lends_K").sum()),
         lend_bytes=int(columns.read(row, "lend_bytes").sum()),
         layer_seconds=float(columns.read(row, "layer_seconds_P").sum()),
+        phase_seconds=dict(zip(LAYER_PHASES, columns.read(row, "phase_seconds_F").tolist(), strict=True)),
+        predicted_gain_s=float(columns.read(row, "predicted_gain_s").sum()),
+        measured_gain_s=saved_s(worth_PW) if is_probed else None,
+        memory_used_R=_ints(columns.read(newest, "memory_used_R")),
+        memory_free_R=_ints(columns.read(newest, "memory_free_R")),
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -113,7 +112,6 @@ class Window:
     from_s: float
     to_s: float
     _difference: Floats
-    _newest: Floats
 
     @property
     def seconds(self) -> float:
@@ -124,10 +122,6 @@ class Window:
 
     def total(self, name: str) -> float:
         return float(self.sum(name).sum())
-
-    def now(self, name: str) -> Floats:
-        """A gauge."""
-        return self.columns.read(self._newest, name)
 
 
 class Totals:
@@ -177,7 +171,7 @@ class Totals:
     def window(self, window_s: float) -> Window:
         """The newest row less the one window_s before it, or what there is of it."""
         from_s, base = _ring_for(self._rings, self.newest_s - window_s).at(self.newest_s - window_s)
-        return Window(self.columns, from_s, self.newest_s, self.newest - base, self.newest)
+        return Window(self.columns, from_s, self.newest_s, self.newest - base)
 
     def series(self, window_s: float, step_s: float) -> tuple[Floats, Floats]:
         """(times, rows) at about every step_s over the window; the newest last, and the one before the window first."""
@@ -224,8 +218,4 @@ def _ring_for(rings: list[Ring], start_s: float) -> Ring:
 def empty_window(ep_size: int, now_s: float) -> Window:
     columns = Columns(ep_size)
     nothing = np.zeros(columns.width)
-    return Window(columns, now_s, now_s, nothing, nothing)
-
-
-def as_counts(values: npt.NDArray[Any]) -> list[int]:
-    return [int(value) for value in values]
+    return Window(columns, now_s, now_s, nothing)

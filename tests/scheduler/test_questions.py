@@ -23,6 +23,12 @@ def test_history_matrix_and_hot_experts_are_what_was_counted(tmp_path: Path) -> 
             points = await scheduler.history("one", 60.0, 1.0)
             assert sum(point["tokens"] for point in points) == 400
             assert sum(point["layer_steps"] for point in points) == 12
+            assert points[-1]["memory_used_R"] == [0, 1000] and points[-1]["memory_free_R"] == [8 << 30] * 2
+            assert sum(point["phase_seconds"]["compute"] for point in points) == pytest.approx(
+                4 * 0.0005,
+                rel=0.2,  # rank 1 is a report behind when rank 0 speaks
+            )
+            assert points[-1]["measured_gain_s"] is None
             by_expert = await scheduler.matrix("one", "expert", window_s=60)
             assert by_expert["values"] == workers.routed_LE.tolist() and by_expert["layers"] == [0, 1, 2]
             before, after = [await scheduler.matrix("one", "rank", stage) for stage in ("before", "after")]
