@@ -17,6 +17,7 @@ import pytest
 from bench.monitoring import COUNTERS, tallied
 from llep.monitoring.dashboards import dashboards
 from llep.monitoring.rules import rules
+from llep.traces import Trace, unpacked
 from tests.e2e.client import PROBE, Client, assert_counts_are_exact, by_rank, is_all_counted, prompts
 from tests.e2e.processes import Process, kill_all
 from tests.e2e.stack import EAGER_TO_LEND, LAYERS, LLEP, TOP_K, TP_EP, VLLM, Stack, Traffic
@@ -220,6 +221,39 @@ def test_demo_load(stack: Stack, client: Client) -> None:
     assert sent["answered"] == sent["sent"] > 3
     client.tokens += sent["tokens"] - sent["answered"]  # a request's last token is not fed back
     assert_counts_are_exact(stack, client)
+
+
+def test_a_recording_through_a_killed_agent_to_a_verdict(stack: Stack, client: Client, tmp_path: Path) -> None:
+    id = stack.llep_json("record", "start", "--duration", "10m", "--reason", "e2e")["id"]
+    client.complete(prompts(1, words=150)[0], max_tokens=4)
+
+    def recording() -> dict[str, Any]:
+        return dict(stack.get(f"/v1/recordings/{id}"))
+
+    stack.wait_for(lambda: recording()["state"] == "running", 60)
+    stack.child("llep.scheduler.agent").kill()
+    client.complete(prompts(2, words=150)[1], max_tokens=4)
+    stack.llep("record", "stop", id)
+    client.complete(PROBE, max_tokens=1)  # the step with which it ends
+    ended = stack.wait_for(lambda: (found := recording())["ended_s"] and found, 90)
+    assert (ended["state"], ended["problem"]) == ("done", "") and ended["steps"] >= 8
+    tar = tmp_path / "rec.tar"
+    stack.llep("record", "export", id, "-o", str(tar))
+    with unpacked(tar) as folder:
+        trace = Trace(folder)
+        steps = list(trace.steps())
+    assert (trace.shape.num_layers, trace.shape.top_k, trace.num_ranks) == (LAYERS, TOP_K, 2)
+    assert len(steps) == ended["steps"] and {step.phase for step in steps} == {"prefill", "decode"}
+    for step in steps:
+        pairs_L = step.counts_LRE.sum(axis=(1, 2))
+        assert (pairs_L == pairs_L[0]).all() and pairs_L[0] % TOP_K == 0
+    assert stack.llep_json("tune", id, "--ranks", "2")["verdict"] in ("worth_it", "not_worth_it")
+    report = tmp_path / "report.html"
+    command = [str(LLEP), "report", str(tar), "-o", str(report)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0 and "Hottest experts" in report.read_text(), run.stderr
+    assert stack.engine()["id"] in stack.llep("top", "--once")
+    stack.llep("record", "delete", id)
 
 
 def is_live_since(stack: Stack, since_s: float) -> bool:
