@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ logger = logging.getLogger("vllm.llep")
 FROM_START = "LLEP_RECORD_FROM_START"
 PART_S = 5.0  # a part is whole after so long: the most that is lost when a worker is killed
 PART_ROWS = 4_000_000
+MOST_WAITING_BYTES = 64 << 20  # of steps between the forward pass and the disk
 MISSING = "recordings need the package {name} beside vLLM: pip install 'llep[planning]'"
 
 
@@ -126,10 +128,10 @@ def _fail(folder: Path, why: str) -> None:
 
 
 class Recording:
-    """Puts layers together to steps and writes them, in the thread that runs the forward pass; a millisecond a step.
+    """Puts layers together to steps in the thread that runs the forward pass, and writes them in one of its own.
 
     Ends by itself after max_bytes on disk, max_steps steps, or at until_s (unix time). With says_end it leaves a note
-    of how it ended.
+    of how it ended. Steps for which the disk is too slow are left out, and counted in the log.
     """
 
     def __init__(
@@ -146,7 +148,7 @@ class Recording:
         from llep.traces import TraceWriter
 
         self.folder = folder
-        self.steps = 0
+        self.steps = self.skipped = 0
         self._shape, self._num_ranks = shape, num_ranks
         self._max_steps, self._until_s, self._says_end = max_steps, until_s, says_end
         self._writer: TraceWriter | None = TraceWriter(
@@ -154,16 +156,19 @@ class Recording:
         )
         self._counts_LRE = np.zeros((shape.num_layers, num_ranks, shape.num_experts), dtype=np.int64)
         self._next_layer = 0  # a recording may begin in the middle of a step, and skips what is left of it
-        self._lock = threading.Lock()
+        self._waiting: deque[StepCounts] = deque()
+        self._most_waiting = max(MOST_WAITING_BYTES // self._counts_LRE.nbytes, 4)
+        self._lock = threading.Lock()  # of the writer and all that is about it
         self._has_news = False
-        self._is_stopped = threading.Event()
+        self._stop_reason = ""
+        self._wakes = threading.Event()
         self._end: End | None = None
         threading.Thread(target=self._keep, name="llep-recording", daemon=True).start()
         atexit.register(self.finish)
 
     @property
     def is_open(self) -> bool:
-        return self._writer is not None
+        return self._writer is not None and not self._stop_reason
 
     def add(self, step: int, phase: str, layer: int, counts_QE: npt.NDArray[np.int64]) -> None:
         """One layer of one step, in order."""
@@ -174,13 +179,48 @@ class Recording:
         if self._next_layer < self._shape.num_layers:
             return
         self._next_layer = 0
+        if len(self._waiting) >= self._most_waiting:
+            self.skipped += 1
+            return
+        self._waiting.append(StepCounts(step, phase, self._counts_LRE.copy()))
+        self._wakes.set()
+
+    def finish(self) -> None:
+        """Make whole all that has been added so far."""
         with self._lock:
-            if self._writer is None:
-                return
+            self._write_waiting()
+            self._finish_part()
+
+    def stop(self, why: str) -> None:
+        """End it, as it was meant to, after what has been added."""
+        self._stop_reason = why
+        self._wakes.set()
+
+    def _keep(self) -> None:
+        """Writes steps, closes parts, ends the recording in time, and leaves the note however long the disk refuses."""
+        next_part_s = time.monotonic() + PART_S
+        while self._writer is not None or (self._says_end and self._end is not None):
+            self._wakes.wait(PART_S if self._until_s is None else min(PART_S, max(self._until_s - time.time(), 0.01)))
+            self._wakes.clear()
+            with self._lock:
+                self._write_waiting()
+                if time.monotonic() >= next_part_s:
+                    next_part_s = time.monotonic() + PART_S
+                    self._finish_part()
+                if self._stop_reason:
+                    self._close(self._stop_reason)
+                elif self._until_s is not None and time.time() >= self._until_s:
+                    self._close("its time is over")
+            self._write_end()
+
+    def _write_waiting(self) -> None:
+        """The caller holds the lock."""
+        while self._waiting and self._writer is not None:
+            step = self._waiting.popleft()
             try:
-                is_written = self._writer.append(StepCounts(step, phase, self._counts_LRE.copy()))
+                is_written = self._writer.append(step)
             except (OSError, LlepError) as error:
-                self._close(f"step {step} can't be written ({error})", is_problem=True)
+                self._close(f"step {step.step} can't be written ({error})", is_problem=True)
                 return
             if not is_written:
                 self._close("it is as large as it may be")
@@ -189,30 +229,6 @@ class Recording:
             self.steps += 1
             if self.steps == self._max_steps:
                 self._close(f"{self.steps} steps were wanted")
-
-    def finish(self) -> None:
-        """Make whole what has been written so far."""
-        with self._lock:
-            self._finish_part()
-
-    def stop(self, why: str) -> None:
-        """End it, as it was meant to."""
-        with self._lock:
-            self._close(why)
-
-    def _keep(self) -> None:
-        """Closes parts, ends the recording in time, and leaves the note however long the disk refuses it."""
-        while not self._is_over():
-            left_s = PART_S if self._until_s is None else min(PART_S, max(self._until_s - time.time(), 0.0))
-            self._is_stopped.wait(left_s if self.is_open else PART_S)
-            with self._lock:
-                self._finish_part()
-                if self._until_s is not None and time.time() >= self._until_s:
-                    self._close("its time is over")
-            self._write_end()
-
-    def _is_over(self) -> bool:
-        return self._writer is None and (not self._says_end or self._end is None)
 
     def _write_end(self) -> None:
         if self._end is None or not self._says_end:
@@ -223,7 +239,7 @@ class Recording:
             pass  # somebody took the folder away
         except OSError as error:
             logger.warning("llep: the end of the recording in %s can't be written yet: %s", self.folder, error)
-            self._is_stopped.clear()  # try again after a pause
+            time.sleep(PART_S)
             return
         self._end = None
 
@@ -246,6 +262,12 @@ class Recording:
             return  # that failed, and has been said
         self._end = End(self.steps, why if is_problem else "")  # first: without a writer and an end, all is over
         self._writer = None
-        self._is_stopped.set()
         log = logger.warning if is_problem else logger.info
-        log("llep: the recording in %s ends after %d steps, serving goes on: %s", self.folder, self.steps, why)
+        left_out = f", {self.skipped} were left out" if self.skipped else ""
+        log(
+            "llep: the recording in %s ends after %d steps%s, serving goes on: %s",
+            self.folder,
+            self.steps,
+            left_out,
+            why,
+        )

@@ -9,16 +9,22 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llep.errors import RevisionConflict, SchedulerUnreachable, SettingsError, UnknownEngine
-from llep.messages import decode_snapshot
+from llep.messages import RecordingOrder, decode_snapshot
 from llep.scheduler.client import SchedulerClient
 from llep.scheduler.store import FILE
+from llep.shapes import ModelShape
+from llep.spool import spool_dir
+from llep.traces import Trace, unpacked
+from llep.vllm_plugin.recording import Recorder
 from tests.scheduler.conftest import RayHead, RunningEngine, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -184,6 +190,45 @@ def test_a_restarted_engine_gets_the_settings_that_hold(control: Control, make_e
     assert (settings["watchdog_s"], settings["min_batch_tokens"]) == (66, 11)
     events = [(e["kind"], e["engine"]) for e in control.call("events", 20)]
     assert ("engine_restarted", "restart") in events
+
+
+def test_a_recording_arrives_whoever_is_killed_on_the_way(control: Control, make_engine: MakeEngine) -> None:
+    engine = make_engine("recorded")
+    wait_for(lambda: control.live_view("recorded"))
+    id = control.call("recording_start", "recorded", "me", steps=40)["id"]
+    shape = ModelShape(name="recorded", layer_numbers=(0, 1), num_experts=256, top_k=8)
+    recorder = Recorder(spool_dir(""), "recorded", "life", shape, 8)
+    recorder.follow(RecordingOrder(id, time.time() + 600, 40, 0), 64 << 20)
+    rng = np.random.default_rng(0)
+    written = rng.integers(0, 1 << 20, (40, 2, 8, 256))
+    for step in range(20):
+        for layer in range(2):
+            recorder.add(step, "prefill", layer, written[step, layer])
+    wait_for(lambda: control.call("recording", id)["bytes"], COME_BACK_S)
+    engine.kill_agent()
+    for step in range(20, 40):
+        for layer in range(2):
+            recorder.add(step, "prefill", layer, written[step, layer])
+    assert engine.goes_on()
+    control.kill_actor()
+    engine.start_agent()
+
+    def ended() -> Any:
+        with suppress(SchedulerUnreachable):
+            return (view := control.call("recording", id))["ended_s"] and view
+
+    view = wait_for(ended, COME_BACK_S)
+    assert (view["state"], view["steps"], view["problem"]) == ("done", 40, "")
+    data = b""
+    while chunk := control.call("recording_read", id, len(data), 1 << 20):
+        data += chunk
+    assert len(data) == view["data_bytes"]
+    tar = engine.folder / "recorded.tar"
+    tar.write_bytes(data)
+    with unpacked(tar) as folder:
+        steps = list(Trace(folder).steps())
+    assert len(steps) == 40 and all((step.counts_LRE == written[step.step]).all() for step in steps)
+    wait_for(lambda: not list(spool_dir("").iterdir()))
 
 
 def test_the_bridge_killed_is_replaced(control: Control) -> None:

@@ -78,9 +78,12 @@ class Engine:
         self.recorder.follow(self.order, 64 * MIB)
 
     def steps(self, first: int, count: int) -> None:
+        """Returns when they are written."""
         for step in range(first, first + count):
             for layer in range(3):
                 self.recorder.add(step, "prefill", layer, np.full((2, 4), step + layer, dtype=np.int64))
+        if self.recorder._ordered is not None:
+            self.recorder._ordered.finish()
 
     async def carry(self) -> None:
         """One round of the agent."""

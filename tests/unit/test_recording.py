@@ -151,6 +151,7 @@ def test_trouble_with_the_disk_ends_it_and_nothing_else(tmp_path: Path, caplog: 
     with caplog.at_level(logging.WARNING, logger="vllm.llep"):
         add_step(recorder, 1)
         add_step(recorder, 2)
+        wait_for(lambda: "can't be written" in caplog.text)
     assert caplog.text.count("ends after 0 steps, serving goes on: step 1 can't be written") == 1
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING, logger="vllm.llep"):
@@ -170,6 +171,7 @@ def test_from_the_start_only_where_that_is_asked_for(tmp_path: Path) -> None:
     add_step(recorder, 2)
     assert recorder._from_start is not None
     recorder._from_start.finish()
+    wait_for(lambda: read_end(tmp_path / "id") is not None)
     assert (steps_in(tmp_path / "engine-life"), steps_in(tmp_path / "id")) == ([1, 2], [1])
     assert [found.id for _, found in orders(tmp_path, "engine")] == ["id"]  # what nobody ordered is not fetched
     (tmp_path / "file").write_text("")
@@ -182,3 +184,16 @@ def test_a_note_is_all_there_or_not_at_all(tmp_path: Path) -> None:
     assert read_end(tmp_path) is None
     write_note(tmp_path / END, End(3, "full"))
     assert read_end(tmp_path) == End(3, "full") and [path.name for path in tmp_path.iterdir()] == [END]
+
+
+def test_a_disk_that_is_too_slow_costs_steps_and_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "MOST_WAITING_BYTES", 0)
+    written = Recording(tmp_path / "r", SHAPE, 2, max_bytes=MIB)
+    with written._lock:  # as if a write took very long
+        start_s = time.monotonic()
+        for step in range(20):
+            add_step(written, step)
+        assert time.monotonic() - start_s < 1
+    written.finish()
+    kept = steps_in(tmp_path / "r")
+    assert len(kept) + written.skipped == 20 and written.skipped > 10 and kept == sorted(kept)
