@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -76,8 +77,10 @@ class Waits(Protocol):
 
 
 class RowsUnderWay(Protocol):
-    """Rows on their way here; `wait` returns them."""
+    """Rows on their way here; `wait` returns them. is_here: whether it would do so at once."""
 
+    @property
+    def is_here(self) -> bool: ...
     def wait(self) -> torch.Tensor: ...
 
 
@@ -255,7 +258,10 @@ class LeastLoadedMoE:
     def _compute_block(
         self, output_TH: torch.Tensor, held: _Held, parts: Dispatch, lends: Waits, times: PhaseTimes
     ) -> None:
-        """Add to output_TH what all ranks compute of one block of this rank's tokens, and do this rank's part."""
+        """Add to output_TH what all ranks compute of one block of this rank's tokens, and do this rank's part.
+
+        What others wait for comes first: this rank's own pairs are computed, in portions, while rows are under way.
+        """
         exchange, buffers = self.transport.exchange, self.workspace.buffers(output_TH)
         with times.measure("dispatch"):
             sent_P = _on(output_TH, parts.send_order)
@@ -265,8 +271,12 @@ class LeastLoadedMoE:
             sent_NH = torch.index_select(held.rows_NH, 0, tokens_N, out=buffers.sent[: len(tokens_N)])
             rows = exchange(sent_NH, parts.rows_to, parts.rows_from, buffers.received)
         with times.measure("compute"):
-            self._add(output_TH, held, parts.own.home, self.experts.weights)
-            self._add(output_TH, held, parts.own.resident, self.residents.bank)
+            own = chain(
+                self._portions(output_TH, held, parts.own.home, self.experts.weights),
+                self._portions(output_TH, held, parts.own.resident, self.residents.bank),
+            )
+            while not rows.is_here and next(own, None):
+                pass
         with times.measure("dispatch"):
             labels_P2, received_NH = labels.wait(), rows.wait()
             first_P = _on(output_TH, np.repeat(_starts(parts.rows_from), parts.pairs_from))
@@ -275,17 +285,31 @@ class LeastLoadedMoE:
         with times.measure("compute"):
             self._add(sums_NH, arrived, parts.arrived.home, self.experts.weights)
             self._add(sums_NH, arrived, parts.arrived.resident, self.residents.bank)
+            if len(parts.arrived.lent):  # the weights may still be under way
+                _exhaust(own)
+        if len(parts.arrived.lent):
+            with times.measure("lend"):
+                lends.wait()
+            with times.measure("compute"):
+                self._add(sums_NH, arrived, parts.arrived.lent, self.pool.tensors)
+        with times.measure("combine"):
+            returned = exchange(sums_NH, parts.rows_from, parts.rows_to, buffers.sent)
+        with times.measure("compute"):
+            _exhaust(own)
         with times.measure("lend"):
             lends.wait()
         with times.measure("compute"):
             self._add(output_TH, held, parts.own.lent, self.pool.tensors)
-            self._add(sums_NH, arrived, parts.arrived.lent, self.pool.tensors)
         with times.measure("combine"):
-            returned_NH = exchange(sums_NH, parts.rows_from, parts.rows_to, buffers.sent).wait()
-            _add_rows(output_TH, tokens_N, returned_NH)
+            _add_rows(output_TH, tokens_N, returned.wait())
 
     def _add(self, sums_NH: torch.Tensor, held: _Held, rows: Rows, bank: Mapping[str, torch.Tensor]) -> None:
-        """Add gate x expert(row) of each of these pairs to its row of sums_NH."""
+        _exhaust(self._portions(sums_NH, held, rows, bank))
+
+    def _portions(
+        self, sums_NH: torch.Tensor, held: _Held, rows: Rows, bank: Mapping[str, torch.Tensor]
+    ) -> Iterator[bool]:
+        """Add gate x expert(row) of each of these pairs to its row of sums_NH; True after each portion of them."""
         inputs = self.workspace.buffers(sums_NH).inputs
         for part in rows.chunks(len(inputs)):
             positions_P = _on(sums_NH, part.positions_P)
@@ -293,6 +317,7 @@ class LeastLoadedMoE:
             inputs_PH = torch.index_select(held.rows_NH, 0, rows_P, out=inputs[: len(part)])
             gates_P = held.gates_P[positions_P]
             _add_rows(sums_NH, rows_P, self.experts.compute(bank, inputs_PH, part.experts_G, part.counts_G, gates_P))
+            yield True
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -497,6 +522,11 @@ def _digest(flat: torch.Tensor) -> torch.Tensor:
     """[1] int64 that differs, but for one chance in 2^63, where the routing does; wraps around by design."""
     weights = torch.arange(1, len(flat) + 1, device=flat.device) * 0x9E3779B97F4A7C1 + 0x2545F4914F6CDD1
     return ((flat + 1) * (weights ^ (weights >> 29))).sum()[None]
+
+
+def _exhaust(portions: Iterator[bool]) -> None:
+    for _ in portions:
+        pass
 
 
 def _add_rows(output_TH: torch.Tensor, tokens_P: torch.Tensor, rows_PH: torch.Tensor) -> None:

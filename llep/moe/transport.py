@@ -84,6 +84,11 @@ class PendingRows:
     rows: torch.Tensor
     sent: torch.Tensor  # kept until it has gone
 
+    @property
+    def is_here(self) -> bool:
+        """Over NCCL what is enqueued keeps its order without the host: rows count as still to come."""
+        return self.work is None or (not self.rows.is_cuda and self.work.is_completed())
+
     def wait(self) -> torch.Tensor:
         if self.work is not None:
             self.transport._wait(self.work, "exchange of tokens")

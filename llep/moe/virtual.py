@@ -61,6 +61,10 @@ class Arrived:
 
     rows: torch.Tensor
 
+    @property
+    def is_here(self) -> bool:
+        return True
+
     def wait(self) -> torch.Tensor:
         return self.rows
 
