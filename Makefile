@@ -60,6 +60,9 @@ bench: $(READY)
 	$(BIN)/python -m bench.natural.compare --append
 	$(BIN)/python -m bench.scrape --append
 	$(BIN)/python -m bench.layer --sweep all --append
+	$(BIN)/python -m bench.memory --append
+	$(BIN)/python -m bench.kernels --append
+	$(BIN)/python -m bench.figures
 	$(BIN)/python -m bench.serving --append
 	$(BIN)/python -m bench.server --append
 	$(BIN)/python -m bench.server --scrape --append
