@@ -366,9 +366,9 @@ def main() -> None:
     elif arguments.serve:
         serve_control_plane(arguments.serve)
     elif arguments.scrape:
-        add_record("server", {"what": "scrape", **run_scrapes(20.0)}, append=arguments.append)
+        add_record("server", {"what": "scrape", "nice": os.nice(0), **run_scrapes(20.0)}, append=arguments.append)
     else:
-        add_record("server", {"what": "load"} | run(60 * arguments.minutes), append=arguments.append)
+        add_record("server", {"what": "load", "nice": os.nice(0)} | run(60 * arguments.minutes), append=arguments.append)
 
 
 if __name__ == "__main__":
