@@ -3,7 +3,7 @@
 `python -m bench.server --append` adds a line to bench/results/server.jsonl; `--minutes 10` for the long run;
 `--scrape`: what a scrape of 64 engines takes, and how long other requests wait meanwhile. The
 control plane runs as its own process on one core, as `python -m llep_server` does. Another process plays the scheduler,
-real but without Ray, to which engines of 58 x 256 report once a second. Streams and requests come from this process.
+real but without Ray; a third the engines of 58 x 256, which report to it once a second; this one streams and requests.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import socket
@@ -98,8 +99,8 @@ class Caller:
             self._waiting.pop(number).set_result(answer)
 
 
-async def play_scheduler(path: str, state: str, engines: int, layers: int, experts: int, *, once: bool) -> None:
-    """The real scheduler behind a socket, and engines that report to it once a second, or only at the start."""
+async def play_scheduler(path: str, state: str) -> None:
+    """The real scheduler behind a socket."""
     from llep.scheduler.actor import Scheduler
 
     scheduler = Scheduler(state)
@@ -119,23 +120,33 @@ async def play_scheduler(path: str, state: str, engines: int, layers: int, exper
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
 
+    async with await asyncio.start_unix_server(serve, path):
+        print("ready", flush=True)
+        await asyncio.Event().wait()
+
+
+async def play_engines(path: str, engines: int, layers: int, experts: int, *, once: bool) -> None:
+    """Engines that report once a second, one after the other, or only at the start."""
+    numbers = tuple(range(3, 3 + layers))
     running = [
-        Engine(name=f"engine-{index}", ep_size=RANKS, layer_numbers=tuple(range(3, 3 + layers)), num_experts=experts)
+        Engine(name=f"engine-{index}", ep_size=RANKS, layer_numbers=numbers, num_experts=experts)
         for index in range(engines)
     ]
     warm_up()
-    async with await asyncio.start_unix_server(serve, path):
-        is_told = False
-        while True:
-            started_s = time.monotonic()
-            for engine in [] if once and is_told else running:
-                await asyncio.to_thread(engine.run, 64)
-                refused = (await scheduler.report([encode(report) for report in engine.reports()], 0))["refused"]
-                assert not refused, refused
-            if not is_told:
-                print("ready", flush=True)
-                is_told = True
-            await asyncio.sleep(max(1.0 - (time.monotonic() - started_s), 0.0))
+    caller = Caller(path)
+    for turn in itertools.count():
+        started_s = time.monotonic()
+        for index, engine in enumerate(running):
+            engine.run(tokens=64)
+            reports = [encode(report) for report in engine.reports()]
+            refused = (await caller.call("report", reports=reports, known_revision=0))["refused"]
+            assert not refused, refused
+            if turn:
+                await asyncio.sleep(max(started_s + (index + 1) / engines - time.monotonic(), 0.0))
+        if turn == 0:
+            print("ready", flush=True)
+        if once:
+            await asyncio.Event().wait()
 
 
 def serve_control_plane(path: str) -> None:
@@ -332,19 +343,25 @@ async def measure_scrapes(port: int, seconds: float) -> dict[str, Any]:
 
 
 def run_scrapes(seconds: float) -> dict[str, Any]:
-    shape = (f"--engines={SCRAPED_ENGINES}", f"--layers={SCRAPED_LAYERS}", f"--experts={SCRAPED_EXPERTS}", "--once")
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/scheduler"
-        with child("--scheduler", path, "--state", f"{folder}/state", *shape), child("--serve", path) as (_, port):
-            return asyncio.run(measure_scrapes(int(port), seconds))
+    shape = (f"--count={SCRAPED_ENGINES}", f"--layers={SCRAPED_LAYERS}", f"--experts={SCRAPED_EXPERTS}", "--once")
+    with playing(*shape) as (_, port):
+        return asyncio.run(measure_scrapes(port, seconds))
 
 
 def run(seconds: float) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
+    with playing() as (server, port):
+        return asyncio.run(measure(port, seconds, server.pid))
+
+
+@contextlib.contextmanager
+def playing(*engines: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Scheduler, engines and control plane, each in a process; that of the control plane, and its port."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         path = f"{folder}/scheduler"
-        with child("--scheduler", path, "--state", f"{folder}/state"), child("--serve", path) as (server, port):
-            time.sleep(2)
-            return asyncio.run(measure(int(port), seconds, server.pid))
+        stack.enter_context(child("--scheduler", path, "--state", f"{folder}/state"))
+        stack.enter_context(child("--engines", path, *engines))
+        server, port = stack.enter_context(child("--serve", path))
+        yield server, int(port)
 
 
 def main() -> None:
@@ -355,20 +372,25 @@ def main() -> None:
     parser.add_argument("--state", help=argparse.SUPPRESS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--scrape", action="store_true", help="measure scrapes instead")
-    parser.add_argument("--engines", type=int, default=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--engines", help=argparse.SUPPRESS)
+    parser.add_argument("--count", type=int, default=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, default=LAYERS, help=argparse.SUPPRESS)
     parser.add_argument("--experts", type=int, default=EXPERTS, help=argparse.SUPPRESS)
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.scheduler:
-        shape = (arguments.engines, arguments.layers, arguments.experts)
-        asyncio.run(play_scheduler(arguments.scheduler, arguments.state, *shape, once=arguments.once))
+        asyncio.run(play_scheduler(arguments.scheduler, arguments.state))
+    elif arguments.engines:
+        shape = (arguments.count, arguments.layers, arguments.experts)
+        asyncio.run(play_engines(arguments.engines, *shape, once=arguments.once))
     elif arguments.serve:
         serve_control_plane(arguments.serve)
     elif arguments.scrape:
         add_record("server", {"what": "scrape", "nice": os.nice(0), **run_scrapes(20.0)}, append=arguments.append)
     else:
-        add_record("server", {"what": "load", "nice": os.nice(0)} | run(60 * arguments.minutes), append=arguments.append)
+        add_record(
+            "server", {"what": "load", "nice": os.nice(0)} | run(60 * arguments.minutes), append=arguments.append
+        )
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def check(run: Run, revisions: list[dict[str, Any]]) -> None:
 async def measure(changes: int, kills: int, seed: int, folder: str) -> dict[str, Any]:
     path, state = f"{folder}/scheduler", f"{folder}/state"
     started_s = time.monotonic()
-    with child("--scheduler", path, "--state", state, "--engines", "0"):
+    with child("--scheduler", path, "--state", state):
         run = Run(changes, kills, path, state, seed)
         await run.go()
         caller = Caller(path)
