@@ -115,7 +115,7 @@ function planDetail(plan, close) {
     return element;
   };
   const ranks = plan.routed.map((routed, rank) =>
-    h("tr", {}, h("th", { scope: "row" }, `rank ${rank}`), h("td", { class: "bars" }, bar(routed, "before"), bar(plan.computed[rank], "after")), h("td", { class: "number" }, format.count(routed)), h("td", { class: "number" }, format.count(plan.computed[rank]))),
+    h("tr", {}, h("th", { scope: "row" }, String(rank)), h("td", { class: "bars" }, bar(routed, "before"), bar(plan.computed[rank], "after")), h("td", { class: "number" }, format.count(routed)), h("td", { class: "number" }, format.count(plan.computed[rank]))),
   );
   const lends = plan.lends.map((lend) => h("li", {}, `expert ${lend.expert}: rank ${lend.src_rank} → rank ${lend.dst_rank}, ${format.count(lend.tokens)} pairs`));
   return h(
@@ -123,7 +123,7 @@ function planDetail(plan, close) {
     {},
     h("div", { class: "actions" }, h("h3", { tabindex: -1 }, `Step ${plan.step}, layer ${plan.layer}: ${format.decision(plan.decision)}`), h("button", { type: "button", class: "quiet", onclick: close }, "Close")),
     h("div", { class: "columns" },
-      h("div", { class: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, ...["", "Loads", "Routed", "Computed"].map((head) => h("th", { scope: "col" }, head)))), h("tbody", {}, ...ranks))),
+      h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Loads of the ranks under this plan" }, h("table", {}, h("thead", {}, h("tr", {}, ...["Rank", "Loads", "Routed", "Computed"].map((head) => h("th", { scope: "col" }, head)))), h("tbody", {}, ...ranks))),
       h("div", {}, h("h4", {}, `${format.plural(lends.length, "lend")}, ${format.bytes(plan.lend_bytes)}`), lends.length ? h("ul", { class: "plain" }, ...lends) : empty("Nothing was lent.")),
     ),
   );

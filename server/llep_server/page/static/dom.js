@@ -24,14 +24,14 @@ export function empty(words, ...more) {
 
 /**
  * A table in `place`. Columns: {head, cell(item) -> text or Node, class, title(item)}; a Node is made again only when
- * column.version(item), which such a column must have, says something else.
+ * column.version(item), which such a column must have, says something else. isSilent: its head is heard, not seen.
  */
 export class Table {
   constructor(place, columns, { key, none, caption, row = () => {} }) {
     Object.assign(this, { place, columns, key, none, row });
     this.rows = new Map();
     this.body = h("tbody");
-    const heads = columns.map((column) => h("th", { scope: "col", class: column.class }, column.head));
+    const heads = columns.map((column) => h("th", { scope: "col", class: column.class }, column.isSilent ? h("span", { class: "visually-hidden" }, column.head) : column.head));
     this.table = h("table", {}, h("caption", { class: "visually-hidden" }, caption), h("thead", {}, h("tr", {}, ...heads)), this.body);
   }
 

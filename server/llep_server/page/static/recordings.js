@@ -125,7 +125,7 @@ function recordingsTable({ stop, save, remove, tune }) {
       { head: "Started", cell: (one) => format.clock(one.created_s) },
       { head: "Who", cell: (one) => one.author },
       { head: "Reason", class: "long", cell: (one) => one.problem || one.reason },
-      { head: "", version: (one) => one.state, cell: (one) => h("span", { class: "buttons" }, ...buttons(one)) },
+      { head: "Actions", isSilent: true, version: (one) => one.state, cell: (one) => h("span", { class: "buttons" }, ...buttons(one)) },
     ],
     { key: (one) => one.id, none: "No recording yet. One of a minute under real traffic is enough to simulate and tune with.", caption: "Recordings" },
   );

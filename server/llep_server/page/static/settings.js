@@ -297,7 +297,7 @@ function revisionsTable(goBack) {
       { head: "On", cell: (one) => (one.engines ? one.engines.join(", ") : "all") },
       { head: "Change", class: "long", version: (one) => one.number, cell: changeList },
       { head: "Reason", class: "long", cell: (one) => one.reason || "none given" },
-      { head: "", version: (one) => one.number, cell: (one) => h("button", { type: "button", class: "small", onclick: () => goBack(one.number), "aria-label": `Roll back to revision ${one.number}` }, "Go back to it") },
+      { head: "Go back", isSilent: true, version: (one) => one.number, cell: (one) => h("button", { type: "button", class: "small", onclick: () => goBack(one.number), "aria-label": `Roll back to revision ${one.number}` }, "Roll back") },
     ],
     { key: (one) => one.number, none: "No change yet: every engine runs on the settings it was started with.", caption: "Revisions" },
   );
