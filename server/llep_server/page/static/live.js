@@ -177,7 +177,7 @@ function verdict(engine, loads, threshold) {
   const isOver = threshold !== null && after !== null && after > threshold;
   return [
     { name: "Imbalance", value: before === null ? "idle" : `${format.ratio(before)} → ${format.ratio(after)}`, note: threshold ? `threshold ${format.ratio(threshold)}` : "before → after", tone: before === null ? "" : isOver ? "warn" : "good" },
-    { name: "Slowest rank", value: before && after ? `${format.percent(Math.max(0, 1 - after / before))} less` : "–", note: "load than under plain EP" },
+    { name: "Slowest rank", value: before && after ? `${format.percent(Math.max(0, 1 - after / before))} less` : "–", note: "than under plain EP" },
     { name: "Tokens", value: each(loads.tokens), note: format.plural(loads.layer_steps, "layer-step") },
     { name: "Lends", value: each(loads.lends), note: `${format.bytes(loads.lend_bytes / Math.max(window, 1e-9))}/s` },
     { name: "Spilled", value: routed ? format.percent(loads.spilled_tokens / routed) : "–", note: "of pairs, off home rank" },
