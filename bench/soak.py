@@ -11,6 +11,7 @@ import argparse
 import random
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,30 +89,26 @@ def soak_faults(faults: int) -> dict[str, Any]:
     }
 
 
-def soak_changes(changes: int) -> list[dict[str, Any]]:
+def soak_changes(changes: int) -> Iterator[dict[str, Any]]:
     """Random changes of settings and placements, at other times on each rank, weights loaded anew among them."""
-    lines = []
     for layout in ("data-parallel", "tensor-parallel"):
         start_s = time.monotonic()
         found = start_ranks(followed, RANKS, changes, 1, layout == "tensor-parallel", timeout_s=HOUR_S)
         assert_followed(found)
         first = found[0]
-        lines.append(
-            {
-                "soak": "changes",
-                "layout": layout,
-                "ranks": RANKS,
-                "changes": changes,
-                "refused": len(first.refusals),
-                "revisions_live": len({revision for revision, _, _ in first.live}),
-                "placements_live": len({placement for _, placement, _ in first.live}),
-                "steps": len(first.live),
-                "layer_steps": dict(sorted(first.decisions.items())),
-                "worst_relative_error": max(each.worst for each in found),
-                "seconds": round(time.monotonic() - start_s),
-            }
-        )
-    return lines
+        yield {
+            "soak": "changes",
+            "layout": layout,
+            "ranks": RANKS,
+            "changes": changes,
+            "refused": len(first.refusals),
+            "revisions_live": len({revision for revision, _, _ in first.live}),
+            "placements_live": len({placement for _, placement, _ in first.live}),
+            "steps": len(first.live),
+            "layer_steps": dict(sorted(first.decisions.items())),
+            "worst_relative_error": max(each.worst for each in found),
+            "seconds": round(time.monotonic() - start_s),
+        }
 
 
 def main() -> None:
@@ -122,7 +119,7 @@ def main() -> None:
     parser.add_argument("--changes", type=int, default=1000)
     parser.add_argument("--append", action="store_true", help="keep the lines in bench/results/soak.jsonl")
     arguments = parser.parse_args()
-    soaks = {
+    soaks: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
         "layer": lambda: [soak_layer(arguments.steps)],
         "faults": lambda: [soak_faults(arguments.faults)],
         "changes": lambda: soak_changes(arguments.changes),
