@@ -49,9 +49,14 @@ def random_weights(layouts: Layouts, experts: int, seed: int) -> dict[str, torch
     return weights
 
 
-def lent_bytes(rank: int, size: int, layouts: dict[str, Layouts], halves: int) -> int:
-    """Every rank lends its second expert to all others, first by way of other ranks; how many lends were compared."""
+def lent_bytes(rank: int, size: int, layouts: dict[str, Layouts], halves: int, is_batched: bool = False) -> int:
+    """Every rank lends its second expert to all others, first by way of other ranks; how many lends were compared.
+
+    is_batched: as over NCCL, which is not to be had here, but without the order that its stream keeps.
+    """
     transport = Transport(range(size), torch.device("cpu"), watchdog_s=60)
+    if is_batched:
+        transport._start_each = transport._start_batches  # type: ignore[method-assign]
     home_rank, local_ids = tuple(e // 2 for e in range(2 * size)), tuple(e % 2 for e in range(2 * size))
     placement = Placement(home_rank, (size,) * size)
     compared = 0
@@ -76,10 +81,10 @@ def lent_bytes(rank: int, size: int, layouts: dict[str, Layouts], halves: int) -
     return compared
 
 
-@pytest.mark.parametrize(("size", "halves"), [(2, 1), (6, 2)])
-def test_lends_arrive_byte_for_byte(run_ranks: RunRanks, size: int, halves: int) -> None:
+@pytest.mark.parametrize(("size", "halves", "is_batched"), [(2, 1, False), (6, 2, False), (3, 2, True)])
+def test_lends_arrive_byte_for_byte(run_ranks: RunRanks, size: int, halves: int, is_batched: bool) -> None:
     """Six ranks: from four receivers on, weights are passed on."""
-    assert run_ranks(lent_bytes, size, LAYOUTS, halves) == [len(LAYOUTS) * (size - 1)] * size
+    assert run_ranks(lent_bytes, size, LAYOUTS, halves, is_batched) == [len(LAYOUTS) * (size - 1)] * size
 
 
 def test_a_pool_has_the_layout_of_the_weights_and_halves_count() -> None:
