@@ -12,6 +12,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 MAX_HEADER_BYTES = 64 << 10
 MAX_HEADER_S = 10.0
 UNREAD_S = 30  # after which the kernel gives up a client that takes nothing of what is sent to it
+ENDLESS = "is_endless"  # in a request's state: its answer has no end that is worth waiting for when the server stops
 
 
 class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
@@ -41,6 +42,11 @@ class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     def connection_lost(self, exc: Exception | None) -> None:
         self._end()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self._is_busy() and self.cycle.scope.get("state", {}).get(ENDLESS):
+            self.transport.close()
 
     def _is_busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

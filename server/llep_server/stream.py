@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from llep.errors import LlepError
 from llep.views import EngineLoads
+from llep_server.connections import ENDLESS
 from llep_server.errors import TooManyStreams
 from llep_server.scheduler import Scheduler
 
@@ -151,6 +152,7 @@ class EventStream(Response):
         self._last_event_id = last_event_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})[ENDLESS] = True
         sending = asyncio.create_task(self._send(send))
         leaving = asyncio.create_task(_gone(receive))
         try:

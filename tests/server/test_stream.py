@@ -7,15 +7,17 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from reporting import Engine
-from running import Running
+from running import Running, start
 from test_http import error_of
 
 from llep_server import stream
+from llep_server.config import ServerConfig
 from llep_server.stream import Broadcast
 
 
@@ -142,3 +144,15 @@ def test_the_scheduler_is_left_alone_when_nobody_listens(running: Running, monke
 def _broadcast(running: Running) -> Broadcast:
     broadcast: Broadcast = running.app.state.broadcast
     return broadcast
+
+
+def test_an_open_stream_does_not_hold_up_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    life = start(ServerConfig(), tmp_path / "state")
+    with listening(next(life)) as found:
+        assert next(found)["event"] == "loads"
+        asked_s = time.monotonic()
+        assert list(life) == []
+        assert time.monotonic() - asked_s < 3
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(found)
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
