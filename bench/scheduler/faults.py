@@ -36,8 +36,8 @@ FAULTS = ("actor", "actor", "actor", "agent", "agent", "bridge", "disk", "gcs", 
 class Campaign:
     """Engines, a control plane's client, and what was asked of the settings."""
 
-    def __init__(self, head: RayHead, seed: int) -> None:
-        self._head, self._rng = head, random.Random(seed)
+    def __init__(self, head: RayHead, seed: int, recovery_limit_s: float = RECOVERY_S) -> None:
+        self._head, self._rng, self._limit_s = head, random.Random(seed), recovery_limit_s
         self._engines = [
             RunningEngine(f"engine-{number}", head.folder, {"report_interval_s": 0.2}) for number in range(ENGINES)
         ]
@@ -68,7 +68,7 @@ class Campaign:
             repaired_s = getattr(self, f"_{fault}")()
             for engine in self._engines:
                 assert engine.goes_on(), f"{engine.name} stands still after {fault}"
-            wait_for(self._is_well, RECOVERY_S + max(repaired_s - time.monotonic(), 0.0))
+            wait_for(self._is_well, self._limit_s + max(repaired_s - time.monotonic(), 0.0))
             self.recovery_s.append(time.monotonic() - repaired_s)
             self.seen[fault] += 1
 
@@ -161,10 +161,10 @@ def _processes(name: str, group: int) -> list[int]:
     return found
 
 
-def soak(faults: int, seed: int) -> dict[str, Any]:
+def soak(faults: int, seed: int, recovery_limit_s: float) -> dict[str, Any]:
     started_s = time.monotonic()
     with ray_head() as head:
-        campaign = Campaign(head, seed)
+        campaign = Campaign(head, seed, recovery_limit_s)
         try:
             campaign.start()
             campaign.run(faults)
@@ -175,6 +175,7 @@ def soak(faults: int, seed: int) -> dict[str, Any]:
         "bench": "faults",
         "faults": faults,
         "seed": seed,
+        "recovery_limit_s": recovery_limit_s,
         **dict(sorted(campaign.seen.items())),
         "changes_acknowledged": campaign.changes,
         "changes_unknown": campaign.unknown,
@@ -190,9 +191,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recovery-s", type=float, default=RECOVERY_S, help="more on a machine that is busy otherwise")
     parser.add_argument("--append", action="store_true", help="keep the line in bench/results/scheduler.jsonl")
     arguments = parser.parse_args()
-    add_record("scheduler", soak(arguments.faults, arguments.seed), append=arguments.append)
+    add_record("scheduler", soak(arguments.faults, arguments.seed, arguments.recovery_s), append=arguments.append)
 
 
 if __name__ == "__main__":
