@@ -149,7 +149,7 @@ function tick() {
 
 function isWanted(task) {
   if (!task.view) return true;
-  const isSettled = app.answeredAt > 0 && (app.engine || !needsEngine(task.view)); // first of all: which engine?
+  const isSettled = task.isEarly || app.answeredAt > 0 && (app.engine || !needsEngine(task.view)); // first of all: which engine?
   return task.view === app.view && isSettled;
 }
 

@@ -41,12 +41,12 @@ export function liveView(app) {
     if (phase && app.engine) [own] = (await get("v1/loads", { window_s: window, engine: app.engine, phase })).data;
     engines.update();
     if (own && own.engine === app.engine) showLoads(own);
-    if (own && !isDrawn) requestAnimationFrame(() => performance.mark("llep:first-picture"));
-    isDrawn ||= Boolean(own);
   }
 
   function showLoads(loads) {
     const engine = app.current();
+    if (!isDrawn) requestAnimationFrame(() => performance.mark("llep:first-picture"));
+    isDrawn = true;
     tiles(by("tiles"), verdict(engine, loads, threshold()));
     showReasons(loads.decisions);
     const [routed, computed] = ["routed_tokens", "computed_tokens"].map((name) => loads.ranks.map((rank) => rank[name]));
@@ -124,7 +124,7 @@ export function liveView(app) {
 
   return {
     tasks: [
-      { name: "loads", every: 2, run: loadLoads, place: "engines" },
+      { name: "loads", every: 2, run: loadLoads, place: "engines", isEarly: true },
       { name: "threshold", every: 10, run: loadThreshold },
       { name: "history", every: 2, run: loadHistory, place: "imbalance" },
       { name: "matrix", every: 3, run: loadMatrix, place: "matrix" },
@@ -137,6 +137,7 @@ export function liveView(app) {
       app.threshold = null;
       text(by("engine-name"), app.engine);
       engines.update();
+      if (app.loads.has(app.engine) && !shown().phase) showLoads(app.loads.get(app.engine));
       refresh();
     },
   };
