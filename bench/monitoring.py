@@ -18,11 +18,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from bench.record import add_record
+from llep.errors import LlepError
 from llep.messages import GroupLoads, Report, decode_snapshot
 from llep.monitoring.rules import rules
 from llep.scheduler.client import SchedulerClient
@@ -99,10 +100,12 @@ async def _watch(stack: Stack, tally: Tally, ends: threading.Event) -> None:
     os.environ |= {name: stack.environment(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     async with SchedulerClient(stack.environment("LLEP_RAY_ADDRESS"), state_folder=stack.folder / "state") as client:
         while not ends.is_set():
-            snapshot = decode_snapshot(await client.call("metrics", timeout_s=30.0))
-            for engine in snapshot.engines:
-                for rank in sorted(engine.reports):
-                    tally.see(engine.reports[rank])
+            # Late, where others take the cores: counts are totals, so the next report says it all.
+            with suppress(LlepError):
+                snapshot = decode_snapshot(await client.call("metrics", timeout_s=30.0))
+                for engine in snapshot.engines:
+                    for rank in sorted(engine.reports):
+                        tally.see(engine.reports[rank])
             await asyncio.sleep(LOOK_EVERY_S)
 
 
