@@ -75,6 +75,13 @@ def test_another_engine_is_chosen_in_the_table_and_kept_in_the_address(busy: Run
     expect(page.locator("#engine-name")).to_have_text("tiny")
 
 
+def test_an_engine_that_is_not_here_gives_way_to_one_that_is(busy: Running, visit: Visit) -> None:
+    page = visit(f"{busy.url}/#/live?engine=nobody")
+    expect(page.locator("#engine-name")).to_have_text(re.compile("tiny|large"))
+    expect(page.locator("#tiles")).to_contain_text("→")
+    assert page.url.endswith("/#/live")
+
+
 def test_the_heatmap_saves_as_csv(busy: Running, visit: Visit) -> None:
     page = visit(f"{busy.url}/#/live?engine=tiny")
     with page.expect_download() as download:

@@ -32,17 +32,16 @@ const app = {
 };
 const views = { live: liveView, decisions: decisionsView, placement: placementView, settings: settingsView, recordings: recordingsView, events: eventsView };
 const tasks = [{ name: "engines", every: 2, run: loadEngines, view: null, due: 0 }];
-const hooks = { select: [], stream: [], engines: [], show: [] };
+const hooks = { select: [], stream: [], engines: [] };
 
-/** A view adds what it asks for and what it does: {tasks: [{name, every, run}], onSelect, onStream, onEngines, onShow}. */
+/** A view adds what it asks for and what it does: {tasks: [{name, every, run}], onSelect, onStream, onEngines}. */
 function mount() {
   for (const [view, make] of Object.entries(views)) {
-    const { tasks: own = [], onSelect, onStream, onEngines, onShow } = make(app);
+    const { tasks: own = [], onSelect, onStream, onEngines } = make(app);
     for (const task of own) tasks.push({ view, due: 0, ...task });
     if (onSelect) hooks.select.push(onSelect);
     if (onStream) hooks.stream.push(onStream);
     if (onEngines) hooks.engines.push(onEngines);
-    if (onShow) hooks.show.push([view, onShow]);
   }
 }
 
@@ -73,7 +72,6 @@ function route(isFirst = false) {
   if (isOther) selected();
   tasks.forEach((task) => task.view === view && (task.due = 0));
   if (!isFirst) by("main").focus({ preventScroll: true });
-  hooks.show.forEach(([name, run]) => name === view && run());
 }
 
 function showView() {
@@ -115,6 +113,10 @@ async function loadEngines() {
   fillSelect();
   if (!app.current()) {
     const first = app.engines.find((engine) => engine.state === "live") ?? app.engines[0];
+    if (app.engine) {
+      announce(`${app.engine} is not here`);
+      history.replaceState(null, "", `#/${app.view}`);
+    }
     app.engine = first?.id ?? "";
     selected();
   }
@@ -226,7 +228,7 @@ function linkState(engine, now) {
 
 function banners(engine, now) {
   const wanted = [];
-  if (app.problem) wanted.push(["answer", "bad", ...problemWords(app.problem.error, now)]);
+  if (app.problem) wanted.push(["answer", "bad", ...problemWords(app.problem.error)]);
   if (!app.problem && engine?.state === "stale") wanted.push(["stale", "bad", ...staleWords(engine, now)]);
   if (engine?.last_apply_error) wanted.push(["apply", "warn", `${engine.id} could not take a revision: ${engine.last_apply_error}`, `It goes on with revision ${engine.live_revision}. Change the setting, or roll back under Settings.`]);
   if (app.isReadOnly) wanted.push(["read", "info", "This key has scope read: looking works, changing does not.", "Use another key (the button above) to change things."]);

@@ -37,8 +37,6 @@ export function heatColours() {
   return theme.heat;
 }
 
-const css = (pixel) => `rgb(${pixel & 255} ${(pixel >> 8) & 255} ${(pixel >> 16) & 255})`;
-
 /** A canvas with a frame, a cursor that keys and pointer move, and a tip that says what is under it. */
 class Plot {
   static all = new Set();
