@@ -82,6 +82,11 @@ class SimulatedEngine:
         self._seconds += 1
         return [encode(self._report(rank)) for rank in range(self._R)]
 
+    def report_of_group(self) -> bytes:
+        """What rank 0 says after one more second."""
+        self._seconds += 1
+        return encode(self._report(0))
+
     def _report(self, rank: int) -> Report:
         seconds = self._seconds
         histogram = Histogram((0, 0, 100 * seconds, 1000 * seconds, 10 * seconds, 0, 0), 0.05 * seconds)
