@@ -155,13 +155,13 @@ def serve_control_plane(path: str) -> None:
 
     from llep_server.app import create_app
     from llep_server.config import ServerConfig
-    from llep_server.connections import UVICORN_OPTIONS, settle_memory
+    from llep_server.connections import UVICORN_OPTIONS, settle
 
     os.sched_setaffinity(0, {0})
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         print(listener.getsockname()[1], flush=True)
         app = create_app(ServerConfig(), Caller(path))
-        settle_memory()
+        settle()
         uvicorn.Server(uvicorn.Config(app, **UVICORN_OPTIONS)).run(sockets=[listener])
 
 
@@ -364,6 +364,11 @@ def playing(*engines: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
         yield server, int(port)
 
 
+def _scheduling() -> dict[str, Any]:
+    """Real time (`chrt -r 10`) keeps what else runs on a busy machine out of what is measured."""
+    return {"is_real_time": os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--append", action="store_true", help="add the line to bench/results/server.jsonl")
@@ -386,11 +391,9 @@ def main() -> None:
     elif arguments.serve:
         serve_control_plane(arguments.serve)
     elif arguments.scrape:
-        add_record("server", {"what": "scrape", "nice": os.nice(0), **run_scrapes(20.0)}, append=arguments.append)
+        add_record("server", {"what": "scrape", **_scheduling(), **run_scrapes(20.0)}, append=arguments.append)
     else:
-        add_record(
-            "server", {"what": "load", "nice": os.nice(0)} | run(60 * arguments.minutes), append=arguments.append
-        )
+        add_record("server", {"what": "load", **_scheduling()} | run(60 * arguments.minutes), append=arguments.append)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def serve(config: ServerConfig) -> int:
     import uvicorn
 
     from llep_server.app import create_app
-    from llep_server.connections import UVICORN_OPTIONS, give_up_the_unread, settle_memory
+    from llep_server.connections import UVICORN_OPTIONS, give_up_the_unread, settle
 
     logs.set_up(config.log_format)
     app = create_app(config)
@@ -49,7 +49,7 @@ def serve(config: ServerConfig) -> int:
     keys = "keys from " + str(config.keys_file) if config.keys_file else "no keys: open to all who reach it"
     print(f"llep control plane at {url}, its docs at {url}/docs ({keys})", flush=True)
     server = uvicorn.Server(uvicorn.Config(app, **UVICORN_OPTIONS))
-    settle_memory()
+    settle()
     server.run(sockets=[listener])
     return 0 if server.started else EXIT_ERROR
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
+import sys
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 MAX_HEADER_BYTES = 64 << 10
 MAX_HEADER_S = 10.0
+SWITCH_S = 0.001  # a thread that computes lets the event loop in so soon
 UNREAD_S = 30  # after which the kernel gives up a client that takes nothing of what is sent to it
 ENDLESS = "is_endless"  # in a request's state: its answer has no end that is worth waiting for when the server stops
 
@@ -76,10 +78,14 @@ UVICORN_OPTIONS: dict[str, Any] = {
 }
 
 
-def settle_memory() -> None:
-    """What start-up made stays anyway: looking through it for garbage would stop everything for 100 ms now and then."""
+def settle() -> None:
+    """For a process that answers many: nobody waits for long, neither for garbage to be found nor for a busy thread.
+
+    What start-up made stays anyway; looking through it for garbage would stop everything for 100 ms now and then.
+    """
     gc.collect()
     gc.freeze()
+    sys.setswitchinterval(SWITCH_S)
 
 
 def give_up_the_unread(listener: socket.socket) -> None:
