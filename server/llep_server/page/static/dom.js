@@ -131,6 +131,6 @@ export function diffTable(diff, format) {
   const rows = Object.entries(diff).map(([key, [before, after]]) =>
     h("tr", {}, h("th", { scope: "row" }, key), h("td", {}, h("del", {}, format(before))), h("td", {}, h("ins", {}, format(after)))),
   );
-  const heads = ["Setting", "Now", "Then"].map((head) => h("th", { scope: "col" }, head));
+  const heads = ["Setting", "Before", "After"].map((head) => h("th", { scope: "col" }, head));
   return h("table", { class: "diff" }, h("thead", {}, h("tr", {}, ...heads)), h("tbody", {}, ...rows));
 }
