@@ -1,7 +1,8 @@
 """The layer's throughput on this machine: ranks of one core each over gloo, sharded tokens, float32 SwiGLU experts.
 
 For each scenario the same layer runs, in turn: plain EP, llep's planner, and plain EP on force-balanced routing, which
-is the ideal. Prints, and with --append keeps, one JSON line a scenario. Peaks are of resident memory, per rank.
+is the ideal. Prints, and with --append keeps, one JSON line a scenario. Peaks are of resident memory, per rank. Where
+others use the machine too, `_cpu` is what to look at: the processor time of the rank that needs most, waits left out.
 
     python -m bench.layer [--sweep scenario|tokens|hidden|experts|alpha|lambda] [--ranks 2] [--repeats 9] [--append]
 """
@@ -120,23 +121,27 @@ def measure(rank: int, size: int, case: Case, repeats: int) -> dict[str, Any]:
             ratio = max(loads) * size / max(sum(loads), 1)
 
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    cpu_seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     peaks = {way: 0 for way in WAYS}
     for repeat in range(repeats + 1):
         for way in WAYS:
             _reset_peak()
             before = _peak_bytes()
             dist.barrier()
-            start_s = time.perf_counter()
+            start_s, start_cpu_s = time.perf_counter(), time.process_time()
             step(way)
-            spent = torch.tensor([time.perf_counter() - start_s, _peak_bytes() - before], dtype=torch.float64)
+            took = time.perf_counter() - start_s, time.process_time() - start_cpu_s, _peak_bytes() - before
+            spent = torch.tensor(took, dtype=torch.float64)
             dist.all_reduce(spent, op=dist.ReduceOp.MAX)
             if repeat:
                 seconds[way].append(float(spent[0]))
-                peaks[way] = max(peaks[way], int(spent[1]))
+                cpu_seconds[way].append(float(spent[1]))
+                peaks[way] = max(peaks[way], int(spent[2]))
     medians = {way: statistics.median(seconds[way]) for way in WAYS}
     # Noise comes in bursts: what is compared is compared within a round.
     of = {
-        name: round(statistics.median(b / a for a, b in zip(seconds["llep"], seconds[way], strict=True)), 4)
+        name + suffix: round(statistics.median(b / a for a, b in zip(times["llep"], times[way], strict=True)), 4)
+        for suffix, times in (("", seconds), ("_cpu", cpu_seconds))
         for name, way in (("speedup", "plain"), ("of_ideal", "ideal"))
     }
     reserved = layer.pool.bytes + layer.workspace.bytes
