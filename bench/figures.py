@@ -1,9 +1,9 @@
 """docs/layer.svg: what the layer gains and what it allocates, from the committed lines of bench.layer and bench.memory.
 
 The paper's Figures 1, 4, 6, 7 and 9 at this machine's scale: speed-up over plain EP by scenario, batch size, alpha,
-lambda, hidden size and number of experts, what force-balanced routing would give beside it, and peaks of memory. Speed is
-by the processor time of the rank that needs most: lines are also taken where others use the machine.
-Of several lines of one case the newest counts.
+lambda, hidden size and number of experts, what force-balanced routing would give beside it, and peaks of memory.
+By the processor time of the rank that needs most, where a line has it: some are taken while others use the machine. Of
+several lines of one case the newest counts.
 
     python -m bench.figures
 """
@@ -43,7 +43,6 @@ def newest(name: str, keys: tuple[str, ...]) -> list[Line]:
 
 
 def speed_bars(sweep: str, lines: list[Line], by: tuple[str, ...]) -> Bars:
-    lines = [line for line in lines if "speedup_cpu" in line]
     mine = [line for line in lines if line["sweep"] == sweep]
     if sweep in SHARED and mine:
         mine += [line for line in lines if line["sweep"] == "scenario" and (line["share"], line["hot"]) == (0.8, 4)]
@@ -51,9 +50,10 @@ def speed_bars(sweep: str, lines: list[Line], by: tuple[str, ...]) -> Bars:
     return [
         (
             "/".join(f"{line[key]:g}" for key in by) if line["hot"] else "balanced",
-            [(line["speedup_cpu"], LLEP), (line["speedup_cpu"] / line["of_ideal_cpu"], IDEAL)],
+            [(speedup, LLEP), (speedup / of_ideal, IDEAL)],
         )
         for line in mine
+        for speedup, of_ideal in ([line.get(f"{key}_cpu", line[key]) for key in ("speedup", "of_ideal")],)
     ]
 
 
