@@ -93,6 +93,12 @@ class Caller:
             raise ERRORS_BY_CODE.get(answer["error"], LlepError)(answer["message"])
         return answer["value"]
 
+    async def close(self) -> None:
+        if self._writer is not None:
+            self._hearing.cancel()
+            self._writer.close()
+            await self._writer.wait_closed()
+
     async def _hear(self, reader: asyncio.StreamReader) -> None:
         while True:
             number, answer = msgspec.msgpack.decode(await read_frame(reader))

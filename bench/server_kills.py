@@ -60,8 +60,7 @@ class Run:
                 opening = asyncio.to_thread(stack.enter_context, child("--serve", self._path))
                 process, port = await opening
                 self._port = int(port)
-                done = len(self.acknowledged)
-                due = done + self._changes // (self._most_kills + 1)
+                due = (self.kills + 1) * self._changes // (self._most_kills + 1)
                 while len(self.acknowledged) < due or self.kills >= self._most_kills:
                     await asyncio.sleep(0.005)
                 await asyncio.sleep(self._random.random() * 0.02)
@@ -83,6 +82,9 @@ class Run:
                     self.unanswered.add(number)
                     continue
                 self.statuses[answer.status_code] += 1
+                if answer.status_code == 503:  # started anew, and not at its scheduler yet
+                    self.unanswered.add(number)
+                    continue
                 assert answer.status_code == 200, answer.text
                 self.acknowledged[answer.json()["revision"]] = number
 
@@ -120,6 +122,7 @@ async def measure(changes: int, kills: int, seed: int, folder: str) -> dict[str,
         caller = Caller(path)
         revisions = await stored(caller)
         view = {item["key"]: item["value"] for item in (await caller.call("settings"))["settings"]}
+        await caller.close()
     check(run, revisions)
     assert {key: view[key] for key in KEYS} == revisions[-1]["patch"]
     return {

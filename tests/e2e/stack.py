@@ -104,11 +104,11 @@ class Stack:
             time.sleep(0.5)
         self.family.alive()
 
-    def wait_for(self, what: Callable[[], Any], timeout_s: float) -> Any:
-        """The first true answer of what(). Fails when the time is over."""
+    def wait_for(self, what: Callable[[], Any], timeout_s: float, name: str = "") -> Any:
+        """The first true answer of what(). Fails when the time is over, with `name`."""
         deadline_s = time.monotonic() + timeout_s
         while not (found := what()):
-            assert time.monotonic() < deadline_s, f"not within {timeout_s} s:\n{self.said()[-6000:]}"
+            assert time.monotonic() < deadline_s, f"{name} not within {timeout_s} s:\n{self.said()[-6000:]}"
             time.sleep(0.25)
         return found
 

@@ -192,14 +192,14 @@ def test_printed_commands_work(stack: Stack, client: Client) -> None:
 
 def test_every_panel_of_the_dashboard_has_data(stack: Stack, client: Client, tmp_path: Path) -> None:
     """Every query of the dashboard, asked of a Prometheus that watches this engine under load."""
-    stack.patch(metrics_level="layer_rank")
+    stack.patch(metrics_level="layer_rank", probe_ratio=0.3)  # what lending is worth shows once some steps don't lend
     targets = {"llep": stack.control_plane, "vllm": stack.api}
     hosts = {job: url.removeprefix("http://") for job, url in targets.items()}
     words_left = iter(prompts(400, words=40, seed=5))
     with prometheus(tmp_path, hosts, rules()) as watcher, tallied(stack) as tally:
         with Traffic(lambda: client.complete(next(words_left), max_tokens=4)) as traffic:
             for query in panel_queries(dashboards()["llep-overview.json"]):
-                stack.wait_for(lambda query=query: watcher.has_data(query.expr), 60)
+                stack.wait_for(lambda query=query: watcher.has_data(query.expr), 60, query.panel)
         assert not traffic.failures
         stack.wait_for(lambda: is_all_counted(stack, client), 30)
         time.sleep(2.0)  # until it has been scraped again
@@ -208,7 +208,7 @@ def test_every_panel_of_the_dashboard_has_data(stack: Stack, client: Client, tmp
         # A short share of bench.monitoring: what reports add up to is what Prometheus holds.
         stack.wait_for(lambda: tally.totals["llep_tokens_total"] == client.tokens, 30)
         assert {name: watcher.value(f"sum({name})") for name in COUNTERS} == tally.totals
-    stack.patch(metrics_level=None)
+    stack.patch(metrics_level=None, probe_ratio=None)
 
 
 def test_demo_load(stack: Stack, client: Client) -> None:
@@ -247,7 +247,7 @@ def test_a_recording_through_a_killed_agent_to_a_verdict(stack: Stack, client: C
     for step in steps:
         pairs_L = step.counts_LRE.sum(axis=(1, 2))
         assert (pairs_L == pairs_L[0]).all() and pairs_L[0] % TOP_K == 0
-    assert stack.llep_json("tune", id, "--ranks", "2")["verdict"] in ("worth_it", "not_worth_it")
+    assert stack.llep_json("tune", id, "--ranks", "2")["verdict"] == "not_enough_evidence"  # few steps
     report = tmp_path / "report.html"
     command = [str(LLEP), "report", str(tar), "-o", str(report)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -305,7 +305,8 @@ def test_killed_scheduler(stack: Stack, client: Client, expected: str) -> None:
 
 def test_killed_control_plane(stack: Stack, client: Client, expected: str) -> None:
     with Traffic(lambda: client.complete(PROBE, max_tokens=4)) as traffic:
-        stack.child("-m llep_server").kill()
+        (server,) = [p for p in stack.children("-m llep_server") if not p.command.endswith(".job")]
+        server.kill()
         stack.wait_for(lambda: is_live_since(stack, time.time() - 2), RESTARTED_WITHIN_S)
     assert not traffic.failures
     assert client.complete(PROBE, max_tokens=12) == expected

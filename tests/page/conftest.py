@@ -24,7 +24,7 @@ from .browsing import Traffic, Visit, find_chromium
 expect.set_options(timeout=15_000)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # while it is open this thread has a running event loop: none of other tests' business
 def browser() -> Iterator[Browser]:
     program = find_chromium()
     if program is None:
