@@ -495,11 +495,13 @@ class Rank:
     # -- what this rank tells ------------------------------------------------------------------------------------
 
     def report(self) -> Report:
-        """This rank's view now; called by the courier's thread."""
+        """This rank's view now; called by the courier's thread, also when a revision has arrived."""
         window = self._window
         assert window is not None
         self._report_seq += 1
         agreed = self.agreed
+        if self._recorder is not None:
+            self._recorder.release(agreed.held.recording)
         per_slot = self._info.bytes_per_slot
         workspace_bytes = sum(workspace.bytes for workspace in self._workspaces.values())
         room_bytes = sum(room.bytes for room in self._rooms.values())

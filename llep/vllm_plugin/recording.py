@@ -84,6 +84,13 @@ class Recorder:
         if order is not None and order.until_s > time.time():
             self._ordered = self._started(order, most_bytes)
 
+    def release(self, held: RecordingOrder | None) -> None:
+        """End what the newest revision no longer orders, live or not: an engine without traffic makes no step in which
+        it could go live. For another thread than the one that follows."""
+        ordered = self._ordered
+        if ordered is not None and (held is None or held.id != self._id):
+            ordered.stop("it was stopped")
+
     def add(self, step: int, phase: str, layer: int, counts_QE: npt.NDArray[np.int64]) -> None:
         """One layer of one step, in order; counts_QE: pairs of each source, one source where tokens are replicated."""
         for recording in (self._ordered, self._from_start):

@@ -64,6 +64,18 @@ def test_steps_are_what_was_added(tmp_path: Path) -> None:
         assert (step.counts_LRE == np.array([10, 11])[:, None, None]).all()
 
 
+def test_an_idle_engine_ends_what_was_stopped(tmp_path: Path) -> None:
+    recorder = recorder_in(tmp_path)
+    recorder.follow(order(), MIB)
+    add_step(recorder, 1)
+    recorder.release(order())  # the newest revision still orders it
+    time.sleep(0.1)
+    assert read_end(tmp_path / "id") is None
+    recorder.release(None)  # held, but no step comes in which it could go live
+    wait_for(lambda: read_end(tmp_path / "id") is not None)
+    assert (read_end(tmp_path / "id"), steps_in(tmp_path / "id")) == (End(1, ""), [1])
+
+
 def test_replicated_tokens_are_dealt_out(tmp_path: Path) -> None:
     written = Recording(tmp_path / "r", SHAPE, 2, max_bytes=MIB)
     add_step(written, 1, sources=1, tokens=7)
