@@ -56,7 +56,14 @@ def decision(
 
 
 def sharded(
-    rank: int, size: int, num_experts: int, is_round_robin: bool, planner: str, steps: int, workspace: Workspace = LARGE
+    rank: int,
+    size: int,
+    num_experts: int,
+    is_round_robin: bool,
+    planner: str,
+    steps: int,
+    workspace: Workspace = LARGE,
+    before_step: Callable[[int], None] = lambda step: None,
 ) -> Any:
     torch.manual_seed(0)
     linear = Placement.linear(num_experts, size, 2).home_rank
@@ -67,6 +74,7 @@ def sharded(
     choose = partial(decision, settings, Placement(home_rank, (2,) * size), True, digests)
     worst = 0.0
     for step in range(steps):
+        before_step(step)
         shared = np.random.default_rng(step)
         share = float(shared.random())
         hot = [int(e) for e in shared.choice(num_experts, size=2, replace=False)]

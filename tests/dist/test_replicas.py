@@ -9,6 +9,7 @@ from llep.moe.transport import Transport
 from tests.dist.ranks import start_ranks
 from tests.following import Found, assert_followed, follow_changes
 
+
 def followed(rank: int, size: int, changes: int, seed: int, is_replicated: bool) -> Found:
     with torch.inference_mode():
         transport = Transport(range(size), torch.device("cpu"), watchdog_s=30)
