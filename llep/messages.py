@@ -13,6 +13,7 @@ S stages (before, after balancing), K links (node, network).
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Self
 
 import msgspec
@@ -35,7 +36,7 @@ class ProtocolMismatch(ValueError):
     """The other side speaks another protocol."""
 
 
-class Array(msgspec.Struct, frozen=True, array_like=True):
+class Array(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A numpy array on the wire."""
 
     dtype: str
@@ -77,7 +78,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     setting_sources: dict[str, str]
 
 
-class Histogram(msgspec.Struct, frozen=True, array_like=True):
+class Histogram(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """counts has one entry per bucket (not cumulative over buckets) and one for everything above."""
 
     counts: tuple[int, ...]
@@ -223,15 +224,35 @@ class ReportHeader(msgspec.Struct, frozen=True, kw_only=True):
     live_settings: dict[str, Any]
 
 
+class RankSnapshot(msgspec.Struct, frozen=True, array_like=True):
+    """What /metrics shows of each rank's newest Report; names are those of Report."""
+
+    rank: int
+    held_revision: int
+    last_apply_error: str
+    phase_seconds: dict[str, Histogram]
+    layer_seconds: dict[str, float]
+    device_total_bytes: int
+    device_free_bytes: int
+    memory_budget_bytes: int
+    memory_used_bytes: int
+    memory_peak_bytes: int
+    errors: dict[str, int]
+
+
 class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine as the scheduler knows it: `reports` holds the newest of each rank, none before the first."""
+    """One engine as the scheduler knows it, by the newest reports. A scrape of many engines takes as long as what is in
+    here, so plans and what is counted per expert are not.
+    """
 
     engine: str
     state: str  # llep.views.EngineState
     desired_revision: int
     last_seen_s: float  # unix time of the newest report of any rank
     refused: dict[str, int]  # reason -> reports refused
-    reports: dict[int, Report]
+    speaker: Report | None  # of the lowest rank; None before the first report
+    ranks: tuple[RankSnapshot, ...]  # in order of rank
+    hot_ratios: tuple[float, ...]  # load / fair load of the hottest experts lately, in falling order
 
 
 class SchedulerSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):
@@ -255,6 +276,8 @@ class _Envelope(msgspec.Struct, frozen=True):
     protocol: int
 
 
+_rank_fields = operator.attrgetter(*RankSnapshot.__struct_fields__)
+_nothing = Array("<i8", (0,), b"")
 _encoder = msgspec.msgpack.Encoder()
 _envelope_decoder = msgspec.msgpack.Decoder(_Envelope)
 _header_decoder = msgspec.msgpack.Decoder(ReportHeader)
@@ -266,6 +289,18 @@ _engine_decoder = msgspec.msgpack.Decoder(EngineSnapshot)
 
 def encode(message: Report | Directive | SchedulerSnapshot) -> bytes:
     return _encoder.encode(message)
+
+
+def rank_snapshot(report: Report) -> RankSnapshot:
+    return RankSnapshot(*_rank_fields(report))
+
+
+def without_experts(report: Report) -> Report:
+    """The report without plans and what it counts per expert."""
+    if report.group is None:
+        return report
+    group = msgspec.structs.replace(report.group, routed_PLE=_nothing, home_rank_LE=_nothing, plans=())
+    return msgspec.structs.replace(report, group=group)
 
 
 def decode_header(data: bytes) -> ReportHeader:

@@ -10,11 +10,20 @@ from typing import Any
 
 from llep import __version__
 from llep.errors import SettingsError, UnknownPlan
-from llep.messages import PROTOCOL, STAGES, STEP_PHASES, EngineSnapshot, SchedulerSnapshot, encode
+from llep.messages import (
+    PROTOCOL,
+    STAGES,
+    STEP_PHASES,
+    EngineSnapshot,
+    SchedulerSnapshot,
+    encode,
+    rank_snapshot,
+    without_experts,
+)
 from llep.scheduler.core import Core, check_limit, to_unix_time
 from llep.scheduler.show import engine_view, settings_view
-from llep.scheduler.show_loads import history, hot, loads, matrix, plan_view
-from llep.scheduler.windows import MOST_PLANS
+from llep.scheduler.show_loads import history, hot, hot_ratios, loads, matrix, plan_view
+from llep.scheduler.windows import MOST_PLANS, Engine
 from llep.views import SchedulerStatus
 
 

@@ -25,6 +25,7 @@ from llep.views import (
     LoadMatrix,
     PlanView,
     RankLoads,
+    WorthView,
 )
 
 Floats = npt.NDArray[np.float64]
@@ -32,6 +33,8 @@ Counts = npt.NDArray[np.int64]
 
 MOST_POINTS = 2000
 PLACEMENT_WINDOW_S = 300.0
+HOT_PLACES = 10
+HOT_WINDOW_S = 60.0
 Replicas = Iterable[tuple[int, int, int]]
 
 
@@ -79,35 +82,37 @@ def window_of(engine: Engine, window_s: float, now_s: float, desired_interval_s:
     return engine.totals.window(window_s)
 
 
-def history(engine: Engine, window_s: float, step_s: float, to_unix_time: ToUnixTime) -> list[HistoryPoint]:
+def history(
+    engine: Engine, window_s: float, step_s: float, to_unix_time: ToUnixTime, phase: str | None = None
+) -> list[HistoryPoint]:
     """Points at about every step_s (at least the step that is kept for so long), oldest first."""
     if engine.totals.is_empty:
         return []
     times, rows = engine.totals.series(window_s, max(step_s, window_s / MOST_POINTS))
     columns = engine.totals.columns
     return [
-        _point(columns, to_unix_time(float(at_s)), row, before)
+        _point(columns, to_unix_time(float(at_s)), row, before, _chosen(phase))
         for at_s, row, before in zip(times[1:], rows[1:], rows[:-1], strict=True)
     ]
 
 
-def _point(columns: Columns, time_s: float, newest: Floats, before: Floats) -> HistoryPoint:
+def _point(columns: Columns, time_s: float, newest: Floats, before: Floats, chosen: list[int]) -> HistoryPoint:
     row = newest - before
-    worth_PW = columns.read(row, "worth_PW")
+    worth_PW = columns.read(row, "worth_PW")[chosen]
     is_probed = bool(worth_PW[:, PROBED_PAIRS].sum() > 0)
-    layer_steps = float(columns.read(row, "layer_steps_P").sum())
-    imbalance_S = columns.read(row, "imbalance_sum_PS").sum(axis=0) / max(layer_steps, 1.0)
+    layer_steps = float(columns.read(row, "layer_steps_P")[chosen].sum())
+    imbalance_S = columns.read(row, "imbalance_sum_PS")[chosen].sum(axis=0) / max(layer_steps, 1.0)
     return HistoryPoint(
         time_s=time_s,
-        tokens=int(columns.read(row, "tokens_P").sum()),
+        tokens=int(columns.read(row, "tokens_P")[chosen].sum()),
         layer_steps=int(layer_steps),
         imbalance_ratio_before=float(imbalance_S[0]) if layer_steps else None,
         imbalance_ratio_after=float(imbalance_S[1]) if layer_steps else None,
-        routed_R=_ints(columns.read(row, "routed_PR").sum(axis=0)),
-        computed_R=_ints(columns.read(row, "computed_PR").sum(axis=0)),
+        routed_R=_ints(columns.read(row, "routed_PR")[chosen].sum(axis=0)),
+        computed_R=_ints(columns.read(row, "computed_PR")[chosen].sum(axis=0)),
         lends=int(columns.read(row, "lends_K").sum()),
         lend_bytes=int(columns.read(row, "lend_bytes").sum()),
-        layer_seconds=float(columns.read(row, "layer_seconds_P").sum()),
+        layer_seconds=float(columns.read(row, "layer_seconds_P")[chosen].sum()),
         phase_seconds=dict(zip(LAYER_PHASES, columns.read(row, "phase_seconds_F").tolist(), strict=True)),
         predicted_gain_s=float(columns.read(row, "predicted_gain_s").sum()),
         measured_gain_s=saved_s(worth_PW) if is_probed else None,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
-import numpy as np
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -33,12 +31,12 @@ def _group(read: Callable[[GroupLoads], Iterable[Sample]]) -> Callable[[ScrapedE
 
 
 def _by_rank(values: Iterable[int]) -> Iterable[Sample]:
-    return (((str(rank),), int(value)) for rank, value in enumerate(values))
+    return (((str(rank),), value) for rank, value in enumerate(values))
 
 
 def _in_and_out(incoming: Iterable[int], outgoing: Iterable[int]) -> Iterable[Sample]:
     for direction, values in (("in", incoming), ("out", outgoing)):
-        yield from (((str(rank), direction), int(value)) for rank, value in enumerate(values))
+        yield from (((str(rank), direction), value) for rank, value in enumerate(values))
 
 
 def _lends(factor: Callable[[GroupLoads], int]) -> Callable[[ScrapedEngine], Iterable[Sample]]:
@@ -48,10 +46,11 @@ def _lends(factor: Callable[[GroupLoads], int]) -> Callable[[ScrapedEngine], Ite
         if engine.group is None:
             return
         links = LINKS if 0 < engine.info.ranks_per_node < engine.info.ep_size else LINKS[:1]
+        each = factor(engine.group)
         for direction, lends_RK in (("in", engine.group.lends_in_RK), ("out", engine.group.lends_out_RK)):
             for rank, by_link in enumerate(lends_RK.numpy().tolist()):
                 for link, lends in zip(links, by_link, strict=False):
-                    yield (str(rank), direction, link), lends * factor(engine.group)
+                    yield (str(rank), direction, link), lends * each
 
     return read
 
@@ -76,7 +75,7 @@ def _start_time(engine: ScrapedEngine) -> Iterable[Sample]:
 
 
 def _held_revision(engine: ScrapedEngine) -> Iterable[Sample]:
-    yield (), min(report.held_revision for report in engine.reports)
+    yield (), min(report.held_revision for report in engine.ranks)
 
 
 def _setting(key: str) -> Callable[[ScrapedEngine], Iterable[Sample]]:
@@ -84,7 +83,7 @@ def _setting(key: str) -> Callable[[ScrapedEngine], Iterable[Sample]]:
 
 
 def _last_apply_successful(engine: ScrapedEngine) -> Iterable[Sample]:
-    yield (), int(not any(report.last_apply_error for report in engine.reports))
+    yield (), int(not any(report.last_apply_error for report in engine.ranks))
 
 
 def _last_plan(group: GroupLoads) -> Iterable[Sample]:
@@ -124,25 +123,25 @@ def _measured_gain(engine: ScrapedEngine) -> Iterable[Sample]:
 
 
 def _device_free(engine: ScrapedEngine) -> Iterable[Sample]:
-    known = (report for report in engine.reports if report.device_total_bytes)
+    known = (report for report in engine.ranks if report.device_total_bytes)
     return (((str(report.rank),), report.device_free_bytes / report.device_total_bytes) for report in known)
 
 
 def _phase_seconds(engine: ScrapedEngine) -> Iterable[Sample]:
-    phases = {phase: None for report in engine.reports for phase in report.phase_seconds}
+    phases = {phase: None for report in engine.ranks for phase in report.phase_seconds}
     for phase in phases:
-        histograms = [report.phase_seconds[phase] for report in engine.reports if phase in report.phase_seconds]
+        histograms = [report.phase_seconds[phase] for report in engine.ranks if phase in report.phase_seconds]
         counts = tuple(map(sum, zip(*(histogram.counts for histogram in histograms), strict=True)))
         yield (phase,), Bucketed(Histogram(counts, sum(histogram.sum for histogram in histograms)), SECONDS_BUCKETS)
 
 
 def _each_rank(field: str) -> Callable[[ScrapedEngine], Iterable[Sample]]:
-    return lambda engine: (((str(report.rank),), getattr(report, field)) for report in engine.reports)
+    return lambda engine: (((str(report.rank),), getattr(report, field)) for report in engine.ranks)
 
 
 def _errors(engine: ScrapedEngine) -> Iterable[Sample]:
     totals: dict[tuple[str, ...], int] = {}
-    for report in engine.reports:
+    for report in engine.ranks:
         for name, count in report.errors.items():
             component, _, kind = name.partition("/")
             totals[component, kind] = totals.get((component, kind), 0) + count
@@ -318,7 +317,7 @@ FAMILIES: tuple[Family, ...] = (
         "Token-expert pairs that plain EP would have computed on the rank, over all layers.",
         ("ep_rank",),
         Level.RANK,
-        _group(lambda group: _by_rank(group.routed_PLR.numpy().sum(axis=(0, 1)))),
+        _group(lambda group: _by_rank(group.routed_PLR.numpy().sum(axis=(0, 1)).tolist())),
     ),
     Family(
         "llep_rank_computed_tokens_total",
@@ -326,7 +325,7 @@ FAMILIES: tuple[Family, ...] = (
         "Token-expert pairs computed on the rank, over all layers.",
         ("ep_rank",),
         Level.RANK,
-        _group(lambda group: _by_rank(group.computed_PLR.numpy().sum(axis=(0, 1)))),
+        _group(lambda group: _by_rank(group.computed_PLR.numpy().sum(axis=(0, 1)).tolist())),
     ),
     Family(
         "llep_imbalance_ratio",
@@ -350,7 +349,7 @@ FAMILIES: tuple[Family, ...] = (
         "Token-expert pairs computed off their home rank: in, for others; out, elsewhere.",
         ("ep_rank", "direction"),
         Level.RANK,
-        _group(lambda group: _in_and_out(group.spilled_in_R.numpy(), group.spilled_out_R.numpy())),
+        _group(lambda group: _in_and_out(group.spilled_in_R.numpy().tolist(), group.spilled_out_R.numpy().tolist())),
     ),
     Family(
         "llep_lends_total",
@@ -382,7 +381,7 @@ FAMILIES: tuple[Family, ...] = (
         "Wall time that the rank spent inside MoE layers, waiting for other ranks included.",
         ("ep_rank",),
         Level.RANK,
-        lambda engine: (((str(r.rank),), sum(r.layer_seconds.values())) for r in engine.reports),
+        lambda engine: (((str(r.rank),), sum(r.layer_seconds.values())) for r in engine.ranks),
     ),
     Family(
         "llep_predicted_gain_seconds_total",
@@ -483,10 +482,10 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "llep_hot_expert_load_ratio",
         GaugeMetricFamily,
-        "Load / fair load of the hottest experts over all layers in the last minute or two, by place.",
+        "Load / fair load of the hottest experts over all layers in the last minute, by place.",
         ("place",),
         Level.RANK,
-        lambda engine: (((str(place),), ratio) for place, ratio in enumerate(engine.hot_ratios)),
+        lambda engine: (((str(place),), ratio) for place, ratio in enumerate(engine.snapshot.hot_ratios)),
     ),
     Family(
         "llep_errors_total",
@@ -517,11 +516,3 @@ SCHEDULER_FAMILIES = {
     "llep_scheduler_up": "1 if the scheduler answered this scrape; 0 if not, then engines are missing here.",
     "llep_scheduler_store_open": "1 if the scheduler can store settings and events; 0 if not, and changes are refused.",
 }  # gauges without labels
-
-
-def hottest(routed_LE: np.ndarray[Any, np.dtype[np.int64]], places: int) -> list[float]:
-    """Load / fair load of the hottest (layer, expert) pairs, in falling order; layers without load are left out."""
-    totals = routed_LE.sum(axis=1, keepdims=True)
-    ratios = np.divide(routed_LE * routed_LE.shape[1], totals, out=np.zeros(routed_LE.shape), where=totals > 0).ravel()
-    places = min(places, ratios.size)
-    return [float(ratio) for ratio in np.sort(np.partition(ratios, ratios.size - places)[-places:])[::-1] if ratio > 0]

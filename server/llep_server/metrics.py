@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 
 from llep.config import MetricsLevel, Settings
 from llep.errors import LlepError
-from llep.messages import EngineSnapshot, SchedulerSnapshot
-from llep_server.families import FAMILIES, SCHEDULER_FAMILIES, hottest
+from llep.messages import SchedulerSnapshot
+from llep_server.families import FAMILIES, SCHEDULER_FAMILIES
 from llep_server.samples import LEVELS, Level, Sample, ScrapedEngine, Shown
 from llep_server.scheduler import Scheduler
 from llep_server.text import encode
@@ -24,10 +22,7 @@ from llep_server.text import encode
 logger = logging.getLogger(__name__)
 
 KEEP_S = 1.0
-HOT_PLACES = 10
-HOT_WINDOW_S = 60.0
-
-Counts = np.ndarray[Any, np.dtype[np.int64]]
+DEFAULTS = Settings()
 
 
 class Exposition:
@@ -36,7 +31,6 @@ class Exposition:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._lock = asyncio.Lock()
-        self._hot = HotExperts()
         self._made_at = -KEEP_S
         self._shown: list[Shown] = []
         self._pages: dict[str, bytes] = {}
@@ -73,9 +67,7 @@ class Exposition:
         return await asyncio.to_thread(self._build, snapshot)
 
     def _build(self, snapshot: SchedulerSnapshot) -> list[Shown]:
-        engines = [self._hot.state_of(engine, snapshot.time_s) for engine in snapshot.engines if engine.reports]
-        self._hot.forget_all_but(engine.engine for engine in snapshot.engines)
-        shown, dropped = build(engines)
+        shown, dropped = build(list(map(ScrapedEngine.of, filter(lambda engine: engine.speaker, snapshot.engines))))
         for engine, levels in dropped.items():
             if levels > self._dropped.get(engine, 0):
                 logger.warning(
@@ -90,36 +82,6 @@ class Exposition:
             _scheduler_gauge("llep_scheduler_store_open", is_open),
             *shown,
         ]
-
-
-class HotExperts:
-    """Which experts were hot lately: keeps for each engine the counts of one to two HOT_WINDOW_S ago."""
-
-    def __init__(self) -> None:
-        self._baselines: dict[str, tuple[str, list[tuple[float, Counts]]]] = {}
-
-    def state_of(self, snapshot: EngineSnapshot, now_s: float) -> ScrapedEngine:
-        reports = [snapshot.reports[rank] for rank in sorted(snapshot.reports)]
-        group = reports[0].group
-        hot = (
-            self._ratios(snapshot.engine, reports[0].incarnation, group.routed_PLE.numpy().sum(axis=0), now_s)
-            if group
-            else []
-        )
-        return ScrapedEngine(snapshot=snapshot, reports=reports, hot_ratios=hot)
-
-    def forget_all_but(self, engines: Iterable[str]) -> None:
-        kept = set(engines)
-        self._baselines = {engine: value for engine, value in self._baselines.items() if engine in kept}
-
-    def _ratios(self, engine: str, incarnation: str, routed_LE: Counts, now_s: float) -> list[float]:
-        known, baselines = self._baselines.get(engine, ("", []))
-        if known != incarnation:
-            baselines = [(now_s, routed_LE)]
-        if now_s - baselines[-1][0] >= HOT_WINDOW_S:
-            baselines = [baselines[-1], (now_s, routed_LE)]
-        self._baselines[engine] = (incarnation, baselines)
-        return hottest(routed_LE - baselines[0][1], HOT_PLACES)
 
 
 def build(engines: Sequence[ScrapedEngine]) -> tuple[list[Shown], dict[str, int]]:
@@ -142,15 +104,14 @@ def build(engines: Sequence[ScrapedEngine]) -> tuple[list[Shown], dict[str, int]
 
 def _samples_within_budget(engine: ScrapedEngine) -> tuple[dict[str, list[Sample]], Level, Level]:
     """Samples by family, the level that fits metrics_max_series, and the level that metrics_level asks for."""
-    defaults = Settings()
-    wanted = LEVELS[MetricsLevel(engine.setting("metrics_level") or defaults.metrics_level)]
-    budget = int(engine.setting("metrics_max_series") or defaults.metrics_max_series)
+    wanted = LEVELS[MetricsLevel(engine.setting("metrics_level") or DEFAULTS.metrics_level)]
+    budget = int(engine.setting("metrics_max_series") or DEFAULTS.metrics_max_series)
     samples: dict[str, list[Sample]] = {}
     series = dict.fromkeys(Level, 0)
     for family in FAMILIES:
         if family.level <= wanted:
             samples[family.name] = list(family.read(engine))
-            series[family.level] += sum(map(family.series_of, samples[family.name]))
+            series[family.level] += family.series_of(samples[family.name])
     level = wanted
     while level > Level.ALWAYS and sum(series[lower] for lower in Level if lower <= level) > budget:
         level = Level(level - 1)

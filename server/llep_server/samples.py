@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Self
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -17,7 +17,7 @@ from prometheus_client.core import (
 )
 
 from llep.config import MetricsLevel
-from llep.messages import EngineInfo, EngineSnapshot, GroupLoads, Histogram, Report
+from llep.messages import EngineInfo, EngineSnapshot, GroupLoads, Histogram, RankSnapshot, Report
 
 ENGINE_LABELS = ("model_name", "engine")
 
@@ -46,6 +46,11 @@ class Observed:
     count: int
     sum: float
 
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """In order of its series."""
+        return self.count, self.sum
+
 
 @dataclass(frozen=True, slots=True)
 class Bucketed:
@@ -54,6 +59,12 @@ class Bucketed:
     histogram: Histogram
     bounds: tuple[float, ...]
 
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """In order of its series: the buckets, count and sum."""
+        totals = tuple(itertools.accumulate(self.histogram.counts))
+        return *totals, totals[-1], self.histogram.sum
+
 
 Value = float | Observed | Bucketed
 Sample = tuple[tuple[str, ...], Value]
@@ -61,21 +72,27 @@ Sample = tuple[tuple[str, ...], Value]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScrapedEngine:
-    """One engine at a scrape. `reports` is by rank and never empty; `group` is what the EP group holds alike."""
+    """One engine at a scrape. `speaker`: who speaks for the group, its rank 0 once that has reported; `group` is what
+    the EP group holds alike.
+    """
 
     snapshot: EngineSnapshot
-    reports: Sequence[Report]
-    hot_ratios: Sequence[float]
+    speaker: Report
     levels_dropped: int = 0
+
+    @classmethod
+    def of(cls, snapshot: EngineSnapshot) -> Self:
+        """Of an engine that has reported."""
+        assert snapshot.speaker is not None
+        return cls(snapshot=snapshot, speaker=snapshot.speaker)
+
+    @property
+    def ranks(self) -> Sequence[RankSnapshot]:
+        return self.snapshot.ranks
 
     @property
     def info(self) -> EngineInfo:
-        return self.reports[0].info
-
-    @property
-    def speaker(self) -> Report:
-        """Who speaks for the group: its rank 0 once that has reported."""
-        return self.reports[0]
+        return self.speaker.info
 
     @property
     def group(self) -> GroupLoads | None:
@@ -98,15 +115,17 @@ class Family:
     def type_name(self) -> str:
         return self.kind.__name__.removesuffix("MetricFamily").lower()
 
-    def series_of(self, sample: Sample) -> int:
-        """How many series a sample becomes."""
-        match sample[1]:
+    def series_of(self, samples: Sequence[Sample]) -> int:
+        """How many series samples of this family become."""
+        if not samples:
+            return 0
+        match samples[0][1]:
             case Bucketed(bounds=bounds):
-                return len(bounds) + 3
+                return len(samples) * (len(bounds) + 3)
             case Observed():
-                return 2
+                return len(samples) * 2
             case _:
-                return 1
+                return len(samples)
 
     def shown(self) -> Shown:
         """Without samples yet."""

@@ -6,14 +6,13 @@ Ours never do: metric and label names are plain, and no sample has a timestamp o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from math import isfinite
 
 from prometheus_client.utils import floatToGoString
 
-from llep_server.samples import ENGINE_LABELS, Bucketed, Observed, Sample, Shown
-
-PLAIN_BELOW = 1_000_000  # whole numbers from here on are written with an exponent
+from llep_server.samples import ENGINE_LABELS, Bucketed, Observed, Sample, Shown, Value
 
 
 def encode(families: Iterable[Shown], *, is_openmetrics: bool) -> bytes:
@@ -26,50 +25,55 @@ def encode(families: Iterable[Shown], *, is_openmetrics: bool) -> bytes:
         kind = family.kind.__name__.removesuffix("MetricFamily").lower()
         lines += (f"# HELP {name} {words}", f"# TYPE {name} {kind}")
         for names, samples in family.by_engine:
-            ours = _labels(ENGINE_LABELS, names) if names else ""
-            for sample in samples:
-                lines += _lines(family, ours, sample)
+            lines.append(_lines(family, names, samples))
     return "\n".join([*lines, *(["# EOF"] if is_openmetrics else []), ""]).encode()
 
 
-def _lines(family: Shown, ours: str, sample: Sample) -> Iterator[str] | tuple[str, ...]:
-    """ours: labels of the engine."""
-    labels, value = sample
-    theirs = _labels(family.labels, labels) if labels else ""
-    inner = f"{ours},{theirs}" if ours and theirs else ours or theirs
-    if isinstance(value, Bucketed):
-        return _histogram(family.name, inner, value)
-    if isinstance(value, Observed):
-        return (
-            f"{family.name}_count{{{inner}}} {_number(value.count)}",
-            f"{family.name}_sum{{{inner}}} {_number(value.sum)}",
-        )
-    return (f"{family.name}{{{inner}}} {_number(value)}" if inner else f"{family.name} {_number(value)}",)
+def _lines(family: Shown, names: tuple[str, ...], samples: Sequence[Sample]) -> str:
+    """Of one engine. A page has thousands of lines, and from page to page only their numbers change."""
+    form = _form(family.name, names, family.labels)
+    labels = [own for own, _ in samples]
+    if form.labels != labels:
+        form.labels = labels
+        series = [each for own, value in samples for each in _series(family, names, own, value)]
+        form.text = "\n".join(f"{each.replace('%', '%%')} %s" for each in series)
+    if isinstance(samples[0][1], Bucketed | Observed):
+        numbers = tuple(itertools.chain.from_iterable(value.numbers for _, value in samples))  # type: ignore[union-attr]
+    else:
+        numbers = tuple(value for _, value in samples)
+    return form.text % (numbers if isfinite(sum(numbers)) else tuple(map(floatToGoString, numbers)))
 
 
-def _histogram(name: str, inner: str, value: Bucketed) -> Iterator[str]:
-    total = 0
-    for bound, total in zip(_bounds(value.bounds), itertools.accumulate(value.histogram.counts), strict=True):
-        yield f"{name}_bucket{{{inner},{bound}}} {_number(total)}"
-    yield f"{name}_count{{{inner}}} {_number(total)}"
-    yield f"{name}_sum{{{inner}}} {_number(value.histogram.sum)}"
+class Form:
+    """An engine's lines of a family, but for the numbers."""
 
-
-@lru_cache(maxsize=64)
-def _bounds(bounds: tuple[float, ...]) -> tuple[str, ...]:
-    return tuple(f'le="{bound}"' for bound in (*map(str, bounds), "+Inf"))
+    def __init__(self) -> None:
+        self.labels: list[tuple[str, ...]] = []
+        self.text = ""
 
 
 @lru_cache(maxsize=16384)
-def _labels(names: tuple[str, ...], values: tuple[str, ...]) -> str:
-    return ",".join(f'{name}="{_escape(value)}"' for name, value in zip(names, values, strict=True))
+def _form(name: str, names: tuple[str, ...], own: tuple[str, ...]) -> Form:
+    return Form()
 
 
-def _number(value: float) -> str:
-    if type(value) is int and -PLAIN_BELOW < value < PLAIN_BELOW:
-        return f"{value}.0"
-    text: str = floatToGoString(value)  # type: ignore[no-untyped-call]
-    return text
+def _series(family: Shown, names: tuple[str, ...], own: tuple[str, ...], value: Value) -> tuple[str, ...]:
+    """What stands before the numbers of a sample."""
+    pairs = [*(zip(ENGINE_LABELS, names, strict=True) if names else ()), *zip(family.labels, own, strict=True)]
+    labels = [f'{label}="{_escape(text)}"' for label, text in pairs]
+    match value:
+        case Bucketed(bounds=bounds):
+            buckets = [("_bucket", [f'le="{bound}"']) for bound in (*map(str, bounds), "+Inf")]
+            ends = [*buckets, ("_count", []), ("_sum", [])]
+        case Observed():
+            ends = [("_count", []), ("_sum", [])]
+        case _:
+            ends = [("", [])]
+    return tuple(_one_series(family.name + end, [*labels, *more]) for end, more in ends)
+
+
+def _one_series(name: str, labels: list[str]) -> str:
+    return f"{name}{{{','.join(labels)}}}" if labels else name
 
 
 def _escape(text: str) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import httpx
-import msgspec
-import numpy as np
 import pytest
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -20,15 +19,16 @@ from prometheus_client.registry import Collector
 from reporting import BYTES_PER_SLOT, Engine
 from running import Running, start
 
-from llep.messages import EngineSnapshot
+from llep.messages import EngineSnapshot, rank_snapshot, without_experts
 from llep_server.config import ServerConfig
-from llep_server.families import FAMILIES, SCHEDULER_FAMILIES, hottest
-from llep_server.metrics import KEEP_S, HotExperts, build
+from llep_server.families import FAMILIES, SCHEDULER_FAMILIES
+from llep_server.metrics import KEEP_S, build
 from llep_server.reference import markdown
-from llep_server.samples import ENGINE_LABELS, Level, ScrapedEngine
+from llep_server.samples import ENGINE_LABELS, Level, ScrapedEngine, Shown
 from llep_server.text import encode
 from tests.ops.tools import tool
 
+HOTTEST = tuple(3.0 - place / 10 for place in range(10))
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 
@@ -56,14 +56,17 @@ def scrape(running: Running) -> Scrape:
     return Scrape(parse_text(response.text))
 
 
-def snapshot_of(engine: Engine) -> EngineSnapshot:
+def snapshot_of(engine: Engine, silent: Collection[int] = (), hot_ratios: tuple[float, ...] = ()) -> EngineSnapshot:
+    reports = [report for report in engine.reports() if report.rank not in silent]
     return EngineSnapshot(
         engine=engine.name,
         state="live",
         desired_revision=0,
         last_seen_s=1_700_000_000.0,
         refused={},
-        reports={report.rank: report for report in engine.reports()},
+        speaker=without_experts(reports[0]) if reports else None,
+        ranks=tuple(map(rank_snapshot, reports)),
+        hot_ratios=hot_ratios,
     )
 
 
@@ -72,11 +75,9 @@ def metrics_of(engine: ScrapedEngine) -> list[Metric]:
 
 
 def families_of(engine: Engine) -> Scrape:
-    """What is shown once the engine has done one more step than at the scrape before."""
-    hot = HotExperts()
-    hot.state_of(snapshot_of(engine), now_s=0.0)
+    """What is shown once the engine has done one more step."""
     engine.run()
-    return Scrape(metrics_of(hot.state_of(snapshot_of(engine), now_s=1.0)))
+    return Scrape(metrics_of(ScrapedEngine.of(snapshot_of(engine, hot_ratios=HOTTEST))))
 
 
 def test_sums_are_those_of_the_engines(running: Running) -> None:
@@ -271,24 +272,48 @@ def test_openmetrics_too(running: Running) -> None:
 def test_the_text_is_what_prometheus_client_would_write(accept: str) -> None:
     engine = Engine(name='a"b\\c\n', start={"metrics_level": "layer_rank"}, errors={"transport/timeout": 2})
     engine.run()
-    shown, _ = build([HotExperts().state_of(snapshot_of(engine), now_s=0.0)])
+    shown, _ = build([ScrapedEngine.of(snapshot_of(engine))])
 
     class Collected(Collector):
         def collect(self) -> list[Metric]:
             return [family.metric() for family in shown]
 
     encoder, content_type = choose_encoder(accept)
-    theirs = [sorted_labels(line) for line in encoder(Collected()).decode().splitlines()]
-    ours = encode(shown, is_openmetrics=bool(accept)).decode().splitlines()
-    assert [sorted_labels(line) for line in ours] == theirs
+    parse = parse_openmetrics if accept else parse_text
+    theirs = encoder(Collected()).decode()
+    ours = encode(shown, is_openmetrics=bool(accept)).decode()
+    assert list(parse(ours)) == list(parse(theirs))
     assert content_type.startswith("application/openmetrics-text") == bool(accept)
+    assert names_of(ours) == names_of(theirs)
 
 
-def sorted_labels(line: str) -> str:
-    """The order of labels says nothing."""
-    name, brace, rest = line.partition("{")
-    labels, end, value = rest.rpartition("} ")
-    return name + brace + ",".join(sorted(labels.split(","))) + end + value if end else line
+def names_of(page: str) -> list[str]:
+    """Without numbers, which may be written in several ways, and the order of labels, which says nothing."""
+    heads = [line if line.startswith("#") else line.rpartition(" ")[0] for line in page.splitlines()]
+    return [",".join(sorted(head.strip("}").replace("{", ",").split(","))) for head in heads]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e300, 5e-324, 0.1 + 0.2, 10**18 + 1])
+def test_any_number_is_read_back_as_it_was(value: float) -> None:
+    shown = Shown("llep_x", GaugeMetricFamily, "x", ("a",), [(("m%s", "e"), [(("%d",), value), (("b",), 2)])])
+    for is_openmetrics, parse in ((True, parse_openmetrics), (False, parse_text)):
+        (family,) = parse(encode([shown], is_openmetrics=is_openmetrics).decode())
+        first, second = family.samples
+        assert repr(float(first.value)) == repr(float(value)) and second.value == 2.0
+        assert first.labels == {"model_name": "m%s", "engine": "e", "a": "%d"}
+
+
+def test_an_engines_lines_follow_its_labels() -> None:
+    def sums(*labels: str) -> dict[str, float]:
+        shown = Shown(
+            "llep_y", GaugeMetricFamily, "y", ("a",), [(("m", "e"), [((a,), i) for i, a in enumerate(labels)])]
+        )
+        (family,) = parse_text(encode([shown], is_openmetrics=False).decode())
+        return {sample.labels["a"]: sample.value for sample in family.samples}
+
+    assert sums("p", "q") == {"p": 0, "q": 1}
+    assert sums("q", "p") == {"q": 0, "p": 1}
+    assert sums("r") == {"r": 0}
 
 
 def test_names_that_need_escaping(running: Running) -> None:
@@ -389,37 +414,27 @@ def test_many_scrapes_ask_the_scheduler_once(running: Running) -> None:
     assert running.caller.calls == ["metrics"]
 
 
-def test_hot_experts_are_the_hottest_lately() -> None:
-    engine, hot = Engine(seed=3), HotExperts()
+def test_hot_experts_are_the_hottest_lately(running: Running) -> None:
+    engine = Engine(seed=3, counting_since_s=time.time())
+    assert not scrape_of(running, engine).has("llep_hot_expert_load_ratio")  # nothing was routed yet
     engine.run(tokens=4096, hot_share=0.9)  # experts 0 and 1 take 0.45 each of 16
-    state = hot.state_of(snapshot_of(engine), now_s=0.0)
-    hot.state_of(snapshot_of(engine), now_s=1.0)
-    assert state.hot_ratios == []  # nothing before the control plane came
-    engine.run(tokens=4096, hot_share=0.9)
-    ratios = hot.state_of(snapshot_of(engine), now_s=30.0).hot_ratios
-    assert len(ratios) == 10 and list(ratios) == sorted(ratios, reverse=True)
+    page = scrape_of(running, engine)
+    ratios = [page.sum("llep_hot_expert_load_ratio", place=str(place)) for place in range(10)]
+    assert ratios == sorted(ratios, reverse=True)
     assert ratios[:6] == pytest.approx([0.45 * 16] * 6, rel=0.1)
-    hot.state_of(snapshot_of(engine), now_s=61.0)
-    hot.state_of(snapshot_of(engine), now_s=122.0)
-    engine.run(tokens=4096, hot_share=2 / 16)  # as good as fair
-    ratios = hot.state_of(snapshot_of(engine), now_s=130.0).hot_ratios
-    assert max(ratios) < 1.2
-    engine.incarnation = "second"
-    assert hot.state_of(snapshot_of(engine), now_s=131.0).hot_ratios == []
+    again = Engine(seed=3, incarnation="second", counting_since_s=time.time())
+    assert not scrape_of(running, again).has("llep_hot_expert_load_ratio")
 
 
-def test_hottest_of_nothing_is_nothing() -> None:
-    assert hottest(np.zeros((2, 4), np.int64), 10) == []
-    assert hottest(np.array([[0, 0], [3, 1]]), 10) == [1.5, 0.5]
+def scrape_of(running: Running, engine: Engine) -> Scrape:
+    assert running.report(engine) == []
+    return scrape(running)
 
 
 def test_an_engine_whose_rank_0_is_silent_shows_what_the_others_know() -> None:
     engine = Engine(ep_size=2)
     engine.run()
-    snapshot = snapshot_of(engine)
-    silent = msgspec.structs.replace(snapshot, reports={1: snapshot.reports[1]})
-    state = HotExperts().state_of(silent, now_s=0.0)
-    page = Scrape(metrics_of(state))
+    page = Scrape(metrics_of(ScrapedEngine.of(snapshot_of(engine, silent=[0]))))
     assert page.sum("llep_memory_budget_bytes", ep_rank="1") == 4 * BYTES_PER_SLOT
     assert not page.has("llep_rank_computed_tokens_total")
 
