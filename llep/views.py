@@ -110,10 +110,26 @@ class RankLoads(View):
     memory_budget_bytes: int
     memory_used_bytes: int
     memory_peak_bytes: int
+    device_total_bytes: int = 0  # of the rank's device, or its part of the host's memory; 0: unknown
+    device_free_bytes: int = 0
+
+
+class WorthView(View):
+    """What lending was worth in the window, measured: some steps that would have lent were computed by plain EP instead
+    (probes; setting probe_ratio).
+    """
+
+    saved_s: float  # time inside the layers that lent; below 0: lending cost time
+    gain_ratio: float | None  # of what plain EP would have taken; None: too few probes to tell it from chance
+    error_ratio: float | None  # standard error of gain_ratio
+    lent_steps: int
+    probed_steps: int
 
 
 class EngineLoads(View):
-    """Loads over the last window_s (or what there is of it). Ratios are means over layer-steps; None without a step."""
+    """Loads over the last window_s (or what there is of it). Ratios are means over layer-steps; None without a step.
+    Lends, spilled tokens and decisions are not counted by step phase: always those of both.
+    """
 
     engine: str
     model_name: str
@@ -127,11 +143,14 @@ class EngineLoads(View):
     spilled_tokens: int
     decisions: dict[str, int]
     layer_seconds: float  # mean over ranks of the wall time inside MoE layers
+    worth: WorthView | None = None  # None: no probe in the window
     ranks: list[RankLoads]
 
 
 class HistoryPoint(View):
-    """Loads of one engine between the point before and time_s (unix). Ratios are None without a layer-step."""
+    """Loads of one engine between the point before and time_s (unix). Ratios are None without a layer-step. Lends,
+    their bytes, phase_seconds and the predicted gain are not counted by step phase: always those of both.
+    """
 
     time_s: float
     tokens: int
@@ -222,6 +241,19 @@ class PlacementView(View):
     slots_per_rank: int
     used_slots: list[int]  # by rank
     bytes_per_slot: int
+    problem: str = ""  # why this engine can have no resident replicas, and the way out
+
+
+class RoomView(View):
+    """What an engine without room for resident replicas would gain by some: as suggested with so many slots."""
+
+    slots_per_rank: int
+    bytes_per_rank: int
+    replicas: int
+    imbalance_ratio_before: float | None
+    imbalance_ratio_after: float | None
+    saving_s: float
+    is_worth_it: bool
 
 
 class PlacementSuggestion(View):
@@ -239,6 +271,7 @@ class PlacementSuggestion(View):
     horizon_s: float
     is_worth_it: bool
     reason: str
+    with_room: RoomView | None = None  # where the engine has no slots
 
 
 class AdviceView(View):

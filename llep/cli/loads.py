@@ -75,12 +75,14 @@ def hot(
     output: OutputOption = Format.TABLE,
     engine: EngineOption = None,
     limit: Annotated[int, typer.Option(min=1, max=500, help="How many.")] = 10,
+    phase: Annotated[Phase | None, typer.Option(help="Only these steps.")] = None,
     window: WindowOption = "60s",
 ) -> None:
     """The hottest experts: where they live, how much of their layer they get, and for how long."""
     with ControlPlane(server, key_file) as control_plane:
         window_s = parse_duration("--window", window)
-        found = control_plane.get("/v1/loads/hot", engine=engine, limit=limit, window_s=window_s)["data"]
+        query: Row = {"engine": engine, "limit": limit, "window_s": window_s, "phase": phase.value if phase else None}
+        found = control_plane.get("/v1/loads/hot", **query)["data"]
     show([_hot_row(expert) for expert in found], output, data=found)
 
 

@@ -42,6 +42,10 @@ def show_placement(
     else:
         rows = [_placement_row(each) for each in placements]
     show(rows, output, data=placements)
+    if output is Format.TABLE:
+        for each in placements:
+            if each["problem"]:
+                print(f"{each['engine']}: {each['problem']}")
 
 
 def suggest(
@@ -63,8 +67,23 @@ def suggest(
         ratios = [found[f"imbalance_ratio_{stage}"] for stage in ("before", "after")]
         if None not in ratios:
             print(f"imbalance ratio foreseen: {ratios[0]:.3f} -> {ratios[1]:.3f}")
+        if found["with_room"]:
+            print(f"{found['reason']}\n{_with_room(found['with_room'], found['horizon_s'])}")
+            return
         print(f"moves {found['move_bytes'] / 1e6:,.0f} MB in {found['move_s']:.1f} s")
         print(f"{'worth it' if found['is_worth_it'] else 'not worth it'}: {found['reason']}")
+
+
+def _with_room(room: Row, horizon_s: float) -> str:
+    if not room["replicas"]:
+        return "with room no copy would surely help, by the loads of the last minutes"
+    before, after = room["imbalance_ratio_before"], room["imbalance_ratio_after"]
+    slots, size = room["slots_per_rank"], room["bytes_per_rank"] / 1e6
+    return (
+        f"with {slots} slots per rank ({size:,.0f} MB): {room['replicas']} copies, imbalance ratio "
+        f"{before:.3f} -> {after:.3f}, saves {room['saving_s']:.3g} s of {horizon_s:.0f} s: "
+        f"{'' if room['is_worth_it'] else 'not '}worth it"
+    )
 
 
 def apply(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,10 @@ LONGEST_MOVE_S = 120.0  # a change that takes longer is cut short; the rest foll
 COOL_DOWN_S = 30.0  # after a change, before the next
 NOISE_SIGMAS = 4.0  # a gain is believed from so many standard errors on: asked every 10 s, 2 would err daily
 HEADROOM_RATIO = 0.02  # of a device's memory that stays free
+NO_ROOM = (
+    "no room for resident replicas: replica_slots_per_rank is 0 on this engine, and is set at start "
+    "(the number of its MoE layers is a good start)"
+)
 UNMEASURED_BYTES_PER_S = 1e9  # until a lend has been timed
 
 
@@ -72,6 +76,11 @@ class Suggestion:
     @property
     def has_changes(self) -> bool:
         return bool(self.plan.added or self.plan.dropped)
+
+
+def suggest_with_room(ground: Ground) -> Suggestion:
+    """What an engine without room would have had from a slot on each rank for every layer."""
+    return suggest(replace(ground, room_R=(len(ground.home_rank_LE),) * len(ground.room_R)))
 
 
 def suggest(ground: Ground) -> Suggestion:
@@ -123,7 +132,7 @@ def decide_placement(ground: Ground, *, since_change_s: float, is_filling: bool)
     """
     settings = ground.evidence.settings
     if not ground.has_room:
-        return _decision("no_room", "replica_slots_per_rank is 0 on this engine: no room for resident replicas"), None
+        return _decision("no_room", NO_ROOM), None
     overfull = _overfull(ground)
     if not overfull:
         if is_filling:

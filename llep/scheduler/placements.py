@@ -16,11 +16,11 @@ from llep.planning.replicas import Replica
 from llep.scheduler.changes import check_texts
 from llep.scheduler.core import Core
 from llep.scheduler.decide import Decision
-from llep.scheduler.decide_placement import Ground, Suggestion, refusal, room, suggest
+from llep.scheduler.decide_placement import NO_ROOM, Ground, Suggestion, refusal, room, suggest, suggest_with_room
 from llep.scheduler.show_loads import PLACEMENT_WINDOW_S, ground_of
 from llep.scheduler.store import NewDecision, NewEvent, StoredPlacement
 from llep.scheduler.windows import Engine
-from llep.views import EventKind, PlacementSuggestion, PlacementView, ReplicaView
+from llep.views import EventKind, PlacementSuggestion, PlacementView, ReplicaView, RoomView
 
 Copies = tuple[tuple[int, int, int], ...]  # place of the layer, expert, rank
 
@@ -38,8 +38,10 @@ class Placements(Core):
         """PlacementSuggestion: what the scheduler would do now. Raises UnknownEngine, PlacementRefused."""
         self._tick()
         known = self._engine(engine)
-        found = await asyncio.to_thread(suggest, self._ground(known))
-        return _suggestion_view(known, found).model_dump(mode="json")
+        ground = self._ground(known)
+        found = await asyncio.to_thread(suggest, ground)
+        with_room = None if known.info.replica_slots_per_rank else await asyncio.to_thread(suggest_with_room, ground)
+        return _suggestion_view(known, found, with_room).model_dump(mode="json")
 
     async def placement_apply(
         self,
@@ -198,6 +200,7 @@ class Placements(Core):
             slots_per_rank=info.replica_slots_per_rank,
             used_slots=np.bincount([rank for _, _, rank in copies], minlength=info.ep_size).tolist(),
             bytes_per_slot=info.bytes_per_slot,
+            problem="" if info.replica_slots_per_rank else NO_ROOM,
         )
 
 
@@ -218,16 +221,11 @@ def stored_decision(engine: str, decision: Decision, now_s: float, revision: int
     )
 
 
-def _suggestion_view(engine: Engine, found: Suggestion) -> PlacementSuggestion:
+def _suggestion_view(engine: Engine, found: Suggestion, with_room: Suggestion | None) -> PlacementSuggestion:
     plan = found.plan
     replicas, added, dropped = (
         _replica_views(engine, copies_of(copies)) for copies in (plan.replicas, plan.added, plan.dropped)
     )
-    reason = found.reason
-    if not engine.info.replica_slots_per_rank:
-        reason = (
-            "no room: start the engine with replica_slots_per_rank above 0 (its number of MoE layers is a good start)"
-        )
     return PlacementSuggestion(
         engine=engine.info.engine,
         replicas=replicas,
@@ -240,7 +238,21 @@ def _suggestion_view(engine: Engine, found: Suggestion) -> PlacementSuggestion:
         saving_s=found.saving_s,
         horizon_s=found.horizon_s,
         is_worth_it=found.is_worth_it,
-        reason=reason,
+        reason=found.reason if engine.info.replica_slots_per_rank else NO_ROOM,
+        with_room=_room_view(engine, with_room) if with_room else None,
+    )
+
+
+def _room_view(engine: Engine, found: Suggestion) -> RoomView:
+    slots_per_rank = len(engine.info.layer_numbers)
+    return RoomView(
+        slots_per_rank=slots_per_rank,
+        bytes_per_rank=slots_per_rank * engine.info.bytes_per_slot,
+        replicas=len(found.plan.replicas),
+        imbalance_ratio_before=found.before,
+        imbalance_ratio_after=found.after,
+        saving_s=found.saving_s,
+        is_worth_it=found.is_worth_it,
     )
 
 

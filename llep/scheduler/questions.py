@@ -56,12 +56,15 @@ class Questions(Core):
         now_s = time.monotonic()
         return [loads(e, window_s, now_s, self._interval_s(e), phase).model_dump(mode="json") for e in chosen]
 
-    async def history(self, engine: str, window_s: float = 600.0, step_s: float = 10.0) -> list[dict[str, Any]]:
+    async def history(
+        self, engine: str, window_s: float = 600.0, step_s: float = 10.0, phase: str | None = None
+    ) -> list[dict[str, Any]]:
         """HistoryPoint at about every step_s, oldest first. Raises UnknownEngine, SettingsError."""
         self._tick()
         _check_window("window_s", window_s)
         _check_window("step_s", step_s)
-        points = history(self._engine(engine), window_s, step_s, to_unix_time())
+        _check_choice("phase", phase, STEP_PHASES)
+        points = history(self._engine(engine), window_s, step_s, to_unix_time(), phase)
         return [point.model_dump(mode="json") for point in points]
 
     async def matrix(
@@ -80,13 +83,16 @@ class Questions(Core):
         _check_choice("phase", phase, STEP_PHASES)
         return matrix(self._engine(engine), by, stage, window_s, phase).model_dump(mode="json")
 
-    async def hot(self, engine: str, limit: int = 20, window_s: float = 60.0) -> list[dict[str, Any]]:
+    async def hot(
+        self, engine: str, limit: int = 20, window_s: float = 60.0, phase: str | None = None
+    ) -> list[dict[str, Any]]:
         """HotExpert, hottest first. Raises UnknownEngine, SettingsError."""
         self._tick()
         check_limit(limit)
         _check_window("window_s", window_s)
+        _check_choice("phase", phase, STEP_PHASES)
         order = self._journal.desired.placements.get(engine)
-        found = hot(self._engine(engine), limit, window_s, order.replicas if order else ())
+        found = hot(self._engine(engine), limit, window_s, order.replicas if order else (), phase)
         return [expert.model_dump(mode="json") for expert in found]
 
     async def plans(
@@ -157,20 +163,22 @@ class Questions(Core):
     async def metrics(self) -> bytes:
         """An encoded SchedulerSnapshot."""
         self._tick()
-        unix_time = to_unix_time()
-        engines = tuple(
-            EngineSnapshot(
-                engine=name,
-                state=str(engine.state),
-                desired_revision=self._journal.desired.revision_of(name),
-                last_seen_s=unix_time(engine.last_seen_s),
-                refused=dict(engine.refused),
-                reports=engine.reports,
-            )
-            for name, engine in sorted(self._windows.engines.items())
-        )
+        engines = tuple(self._snapshot(engine) for _, engine in sorted(self._windows.engines.items()))
         store_open = not self._journal.problem
         return encode(SchedulerSnapshot(protocol=PROTOCOL, time_s=time.time(), store_open=store_open, engines=engines))
+
+    def _snapshot(self, engine: Engine) -> EngineSnapshot:
+        name, reports = engine.info.engine, [report for _, report in sorted(engine.reports.items())]
+        return EngineSnapshot(
+            engine=name,
+            state=str(engine.state),
+            desired_revision=self._journal.desired.revision_of(name),
+            last_seen_s=to_unix_time()(engine.last_seen_s),
+            refused=dict(engine.refused),
+            speaker=without_experts(reports[0]) if reports else None,
+            ranks=tuple(map(rank_snapshot, reports)),
+            hot_ratios=tuple(hot_ratios(engine, time.monotonic(), self._interval_s(engine))),
+        )
 
 
 def _check_window(name: str, seconds: float) -> None:

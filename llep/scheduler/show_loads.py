@@ -13,7 +13,7 @@ from llep.loads import imbalance_ratio
 from llep.messages import LAYER_PHASES, STEP_PHASES
 from llep.planning.replicas import Forecast, Replica
 from llep.scheduler.decide_placement import Ground, refusal
-from llep.scheduler.evidence import PROBED_PAIRS, Evidence, saved_s
+from llep.scheduler.evidence import LENT_STEPS, PROBED_PAIRS, PROBED_STEPS, Evidence, measured_gain, saved_s
 from llep.scheduler.show import ToUnixTime
 from llep.scheduler.totals import DECISIONS, Columns, Window, empty_window
 from llep.scheduler.windows import Engine, KeptPlan
@@ -60,6 +60,7 @@ def loads(
         spilled_tokens=int(window.total("spilled_tokens")),
         decisions={name: int(n) for name, n in zip(DECISIONS, window.sum("decisions_D"), strict=True) if n},
         layer_seconds=float(window.sum("layer_seconds_P")[chosen].sum()),
+        worth=_worth(engine, window, chosen),
         ranks=[
             RankLoads(
                 rank=rank,
@@ -68,9 +69,25 @@ def loads(
                 memory_budget_bytes=report.memory_budget_bytes,
                 memory_used_bytes=report.memory_used_bytes,
                 memory_peak_bytes=report.memory_peak_bytes,
+                device_total_bytes=report.device_total_bytes,
+                device_free_bytes=report.device_free_bytes,
             )
             for rank, report in sorted(engine.reports.items())
         ],
+    )
+
+
+def _worth(engine: Engine, window: Window, chosen: list[int]) -> WorthView | None:
+    worth_PW = window.sum("worth_PW")[chosen]
+    if worth_PW[:, PROBED_PAIRS].sum() <= 0:
+        return None
+    gain = measured_gain(_worth_windows(engine, window)[:, chosen])
+    return WorthView(
+        saved_s=saved_s(worth_PW),
+        gain_ratio=gain.ratio if gain else None,
+        error_ratio=gain.error if gain else None,
+        lent_steps=int(worth_PW[:, LENT_STEPS].sum()),
+        probed_steps=int(worth_PW[:, PROBED_STEPS].sum()),
     )
 
 
@@ -149,13 +166,14 @@ def _by_rank(engine: Engine, routed_LE: Counts) -> Counts:
     return loads.reshape(L, R).astype(np.int64)
 
 
-def hot(engine: Engine, limit: int, window_s: float, replicas: Replicas) -> list[HotExpert]:
+def hot(engine: Engine, limit: int, window_s: float, replicas: Replicas, phase: str | None = None) -> list[HotExpert]:
     """The experts with the largest shares of their layers' pairs over the window, hottest first."""
     home_rank_LE = engine.home_rank_LE
     if engine.totals.is_empty or home_rank_LE is None:
         return []
     _, routed_PLE, *_ = engine.totals.experts(window_s)
-    routed_LE = routed_PLE.sum(axis=0)
+    routed_LE = routed_PLE[_chosen(phase)].sum(axis=0)
+    since_LE = engine.hot_since_VLE[0 if phase is None else 1 + STEP_PHASES.index(phase)]
     share_LE = routed_LE / np.maximum(routed_LE.sum(axis=1, keepdims=True), 1)
     count = min(limit, share_LE.size)
     candidates = np.argpartition(-share_LE.reshape(-1), count - 1)[:count].tolist()
@@ -166,7 +184,7 @@ def hot(engine: Engine, limit: int, window_s: float, replicas: Replicas) -> list
     found = []
     for at in hottest:
         layer, expert = divmod(at, engine.info.num_experts)
-        since_s = float(engine.hot_since_LE[layer, expert])
+        since_s = float(since_LE[layer, expert])
         found.append(
             HotExpert(
                 engine=engine.info.engine,
@@ -181,6 +199,20 @@ def hot(engine: Engine, limit: int, window_s: float, replicas: Replicas) -> list
             )
         )
     return found
+
+
+def hot_ratios(engine: Engine, now_s: float, desired_interval_s: float = 0.0) -> list[float]:
+    """Load / fair load of the HOT_PLACES hottest (layer, expert) over HOT_WINDOW_S, in falling order; layers without a
+    pair are left out, and nothing is hot once rank 0 has fallen silent.
+    """
+    if engine.totals.is_empty or now_s - engine.totals.newest_s > engine.silence_limit_s(desired_interval_s):
+        return []
+    routed_LE = engine.totals.routed(HOT_WINDOW_S)
+    fair_L1 = routed_LE.sum(axis=1, keepdims=True) / engine.info.num_experts
+    ratios = (routed_LE / np.where(fair_L1 > 0, fair_L1, 1.0)).reshape(-1)
+    count = min(HOT_PLACES, ratios.size)
+    hottest = np.sort(np.partition(ratios, ratios.size - count)[-count:])[::-1]
+    return [float(ratio) for ratio in hottest if ratio > 0]
 
 
 def plan_view(engine: Engine, kept: KeptPlan) -> PlanView:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llep.config import Settings
-from llep.messages import EngineInfo, PlanSample, Report
+from llep.messages import STEP_PHASES, EngineInfo, PlanSample, Report
 from llep.scheduler.admit import (
     Counters,
     Refusal,
@@ -82,13 +82,14 @@ class Engine:
     plans: deque[KeptPlan] = field(default_factory=lambda: deque(maxlen=MOST_PLANS))
     totals: Totals = field(init=False)
     per_rank_RX: npt.NDArray[np.float64] = field(init=False)
-    hot_since_LE: npt.NDArray[np.float32] = field(init=False)  # monotonic seconds; nan where it isn't hot
+    # Monotonic seconds, nan where it isn't hot. V: over both phases of steps, then of each.
+    hot_since_VLE: npt.NDArray[np.float32] = field(init=False)
 
     def __post_init__(self) -> None:
         L, E, R = len(self.info.layer_numbers), self.info.num_experts, self.info.ep_size
         self.totals = Totals(R, L, E)
         self.per_rank_RX = np.zeros((R, PER_RANK + GAUGES))
-        self.hot_since_LE = np.full((L, E), np.nan, dtype=np.float32)
+        self.hot_since_VLE = np.full((1 + len(STEP_PHASES), L, E), np.nan, dtype=np.float32)
 
     @property
     def last_seen_s(self) -> float:
@@ -267,13 +268,14 @@ def _put_group(engine: Engine, report: Report, found: Counters, now_s: float) ->
 def _follow_heat(engine: Engine, now_s: float) -> None:
     """Remember since when each expert has had HOT_RATIO times its fair share, step after step."""
     _, routed_PLE, *_ = engine.totals.experts(EXPERT_STEPS[0][0])
-    routed_LE = routed_PLE.sum(axis=0)
-    pairs_L1 = routed_LE.sum(axis=1, keepdims=True)
-    is_hot_LE = routed_LE * engine.info.num_experts >= HOT_RATIO * pairs_L1
-    since_LE = np.where(np.isnan(engine.hot_since_LE), np.float32(now_s - EXPERT_STEPS[0][0]), engine.hot_since_LE)
+    routed_VLE = np.concatenate([routed_PLE.sum(axis=0, keepdims=True), routed_PLE])
+    pairs_VL1 = routed_VLE.sum(axis=2, keepdims=True)
+    is_hot_VLE = routed_VLE * engine.info.num_experts >= HOT_RATIO * pairs_VL1
+    before_VLE = engine.hot_since_VLE
+    since_VLE = np.where(np.isnan(before_VLE), np.float32(now_s - EXPERT_STEPS[0][0]), before_VLE)
     # A layer without a pair says nothing.
-    kept_LE = np.where(is_hot_LE, since_LE, np.float32(np.nan))
-    engine.hot_since_LE = np.where(pairs_L1 > 0, kept_LE, engine.hot_since_LE)
+    kept_VLE = np.where(is_hot_VLE, since_VLE, np.float32(np.nan))
+    engine.hot_since_VLE = np.where(pairs_VL1 > 0, kept_VLE, before_VLE)
 
 
 def _follow_state(engine: Engine, now_s: float, desired_interval_s: float) -> list[Change]:

@@ -115,14 +115,20 @@ class Scheduler:
         of_phase = {"phase": phase} if phase else {}
         return await self._ask(list[EngineLoads], "loads", window_s=window_s, engine=engine, **of_phase)
 
-    async def history(self, engine: str, window_s: float, step_s: float) -> list[HistoryPoint]:
-        return await self._ask(list[HistoryPoint], "history", engine=engine, window_s=window_s, step_s=step_s)
+    async def history(
+        self, engine: str, window_s: float, step_s: float, phase: str | None = None
+    ) -> list[HistoryPoint]:
+        of_phase = {"phase": phase} if phase else {}
+        return await self._ask(
+            list[HistoryPoint], "history", engine=engine, window_s=window_s, step_s=step_s, **of_phase
+        )
 
     async def matrix(self, engine: str, by: str, stage: str, window_s: float, phase: str | None) -> LoadMatrix:
         return await self._ask(LoadMatrix, "matrix", engine=engine, by=by, stage=stage, window_s=window_s, phase=phase)
 
-    async def hot(self, engine: str, limit: int, window_s: float) -> list[HotExpert]:
-        return await self._ask(list[HotExpert], "hot", engine=engine, limit=limit, window_s=window_s)
+    async def hot(self, engine: str, limit: int, window_s: float, phase: str | None = None) -> list[HotExpert]:
+        of_phase = {"phase": phase} if phase else {}
+        return await self._ask(list[HotExpert], "hot", engine=engine, limit=limit, window_s=window_s, **of_phase)
 
     async def plans(self, engine: str | None, limit: int, before_id: int | None) -> list[PlanView]:
         return await self._ask(list[PlanView], "plans", engine=engine, limit=limit, before_id=before_id)

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pyarrow.parquet
 import pytest
-from reporting import Engine
+from reporting import BYTES_PER_SLOT, Engine
 from running import Running
 
 from llep import __version__
@@ -451,3 +451,61 @@ def test_placement_advice_and_decisions(running: Running) -> None:
     (advice,) = running.http.get("/v1/advice").json()["data"]
     assert advice["verdict"] in ("worth_it", "not_worth_it", "not_enough_evidence")
     assert running.http.get("/v1/decisions?engine=tiny").status_code == 200
+
+
+def test_an_engine_without_replica_slots_says_so_and_what_slots_would_bring(running: Running) -> None:
+    engine = Engine(start={"replicas": "suggest"}, replica_slots_per_rank=0, counting_since_s=time.time())
+    running.report(engine)
+    (view,) = running.http.get("/v1/placement").json()["data"]
+    assert "replica_slots_per_rank is 0" in view["problem"] and "at start" in view["problem"]
+    for _ in range(3):
+        engine.run()
+        running.report(engine)
+    suggestion = running.http.post("/v1/placement/suggest").json()
+    assert suggestion["reason"] == view["problem"] and not suggestion["is_worth_it"]
+    room = suggestion["with_room"]
+    assert (room["slots_per_rank"], room["bytes_per_rank"]) == (3, 3 * BYTES_PER_SLOT)
+    roomy = Engine(name="roomy", start={"replicas": "suggest"})
+    running.report(roomy)
+    roomy_view = running.http.get("/v1/placement?engine=roomy").json()["data"][0]
+    assert roomy_view["problem"] == ""
+    assert running.http.post("/v1/placement/suggest?engine=roomy").json()["with_room"] is None
+
+
+def test_loads_by_step_phase(running: Running) -> None:
+    engine = Engine(counting_since_s=time.time(), num_experts=8)
+    running.report(engine)
+    engine.run(tokens=1024, hot_share=0.9)
+    engine.run(tokens=32, hot_share=0.25, phase="decode")  # as good as even
+    running.report(engine)
+    phases = ("", "?phase=prefill", "?phase=decode")
+    points = [running.http.get(f"/v1/loads/history{phase}").json()["data"] for phase in phases]
+    assert [sum(point["tokens"] for point in of) for of in points] == [1056, 1024, 32]
+    prefill, decode = (next(p["imbalance_ratio_before"] for p in of if p["layer_steps"]) for of in points[1:])
+    assert decode < 1.4 < prefill
+    hottest = [running.http.get(f"/v1/loads/hot{phase}").json()["data"][0] for phase in phases]
+    assert hottest[1]["load_ratio"] > 1.5 * hottest[2]["load_ratio"]
+    assert hottest[1]["tokens"] + 32 * engine.top_k > hottest[0]["tokens"] >= hottest[1]["tokens"]
+    for path in ("history", "hot"):
+        error_of(running.http.get(f"/v1/loads/{path}?phase=dream"), 422, "invalid_request")
+
+
+def test_loads_say_what_lending_was_worth_and_what_devices_have_left(running: Running) -> None:
+    engine = Engine(counting_since_s=time.time())
+    running.report(engine)
+    (loads,) = running.http.get("/v1/loads").json()["data"]
+    assert loads["worth"] is None, "no probe yet"
+    assert {(rank["device_total_bytes"], rank["device_free_bytes"]) for rank in loads["ranks"]} == {(16 << 30, 8 << 30)}
+    for _ in range(8):
+        engine.run()
+    for _ in range(2):  # figures are means over ranks, and the others are a report behind when rank 0 speaks
+        running.report(engine)
+    (loads,) = running.http.get("/v1/loads?window_s=60").json()["data"]
+    said = engine.worth["prefill"]
+    gain_s = said["lent_pairs"] * said["probed_s"] / said["probed_pairs"] - said["lent_s"]
+    worth = loads["worth"]
+    assert worth["saved_s"] == pytest.approx(gain_s) and gain_s > 0
+    assert (worth["lent_steps"], worth["probed_steps"]) == (said["lent_steps"], said["probed_steps"])
+    assert worth["gain_ratio"] is None, "one window says nothing about the spread"
+    (decode,) = running.http.get("/v1/loads?window_s=60&phase=decode").json()["data"]
+    assert decode["worth"] is None

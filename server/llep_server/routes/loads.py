@@ -24,7 +24,9 @@ PhaseQuery = Annotated[
 async def get_loads(
     scheduler: SchedulerDep, window_s: WindowQuery = 60, engine: EngineQuery = None, phase: PhaseQuery = None
 ) -> Page[EngineLoads]:
-    """Per engine and rank over the window: pairs routed and computed, imbalance before and after, lends, memory."""
+    """Per engine and rank over the window: pairs routed and computed, imbalance before and after, lends, memory, and
+    what lending was measured to be worth.
+    """
     return Page(data=await scheduler.loads(window_s, engine, phase))
 
 
@@ -34,9 +36,10 @@ async def get_history(
     engine: OneEngineQuery = None,
     window_s: WindowQuery = 900,
     step_s: Annotated[float, Query(ge=1, le=600, allow_inf_nan=False, description="seconds between points")] = 10,
+    phase: PhaseQuery = None,
 ) -> Page[HistoryPoint]:
     """Loads of one engine back in time, oldest first: a point per step_s."""
-    return Page(data=await scheduler.history(engine or await only_engine(scheduler), window_s, step_s))
+    return Page(data=await scheduler.history(engine or await only_engine(scheduler), window_s, step_s, phase))
 
 
 @router.get(
@@ -67,9 +70,10 @@ async def get_hot(
     engine: OneEngineQuery = None,
     limit: Annotated[int, Query(ge=1, le=500, description="how many")] = 10,
     window_s: WindowQuery = 60,
+    phase: PhaseQuery = None,
 ) -> Page[HotExpert]:
     """The hottest experts: layer, share of its pairs, home rank, replicas, and for how long it has been hot."""
-    return Page(data=await scheduler.hot(engine or await only_engine(scheduler), limit, window_s))
+    return Page(data=await scheduler.hot(engine or await only_engine(scheduler), limit, window_s, phase))
 
 
 @router.get(

@@ -6,6 +6,7 @@ import { by, chosen, h, meter, Table, text, tiles, empty } from "./dom.js";
 import * as format from "./format.js";
 
 const MANY_ENGINES = 8;
+const WORTH_WINDOW_S = 3600;
 const CHART_SPAN_S = { 10: 60, 60: 300, 600: 900, 3600: 3600 };
 const REASONS = {
   lend: "weights were lent",
@@ -31,6 +32,7 @@ export function liveView(app) {
   const history = new History();
   const shown = () => ({ window: Number(chosen(by("window"))), phase: chosen(by("phase")) });
   const threshold = () => app.threshold ?? null;
+  let worth = null; // over WORTH_WINDOW_S: probes are rare
   let isDrawn = false;
 
   async function loadLoads() {
@@ -47,7 +49,7 @@ export function liveView(app) {
     const engine = app.current();
     if (!isDrawn) requestAnimationFrame(() => performance.mark("llep:first-picture"));
     isDrawn = true;
-    tiles(by("tiles"), verdict(engine, loads, threshold()));
+    tiles(by("tiles"), verdict(engine, loads, threshold(), worth));
     showReasons(loads.decisions);
     const [routed, computed] = ["routed_tokens", "computed_tokens"].map((name) => loads.ranks.map((rank) => rank[name]));
     const sum = computed.reduce((total, value) => total + value, 0);
@@ -66,17 +68,20 @@ export function liveView(app) {
   function showMemory(loads) {
     const of = (name) => loads.ranks.map((rank) => rank[name]);
     const budget = of("memory_budget_bytes");
+    const tightest = tightestDevice(loads);
+    text(by("device-hint"), tightest ? `tightest device: ${format.bytes(tightest.device_free_bytes)} free of ${format.bytes(tightest.device_total_bytes)} (rank ${tightest.rank})` : "");
     charts.memory.update({
       fills: [{ name: "used", values: of("memory_used_bytes"), colour: "used" }],
       frames: [{ name: "budget", values: budget, colour: "muted" }],
       ticks: [{ name: "peak", values: of("memory_peak_bytes"), colour: "peak" }],
+      note: (at) => deviceWords(loads.ranks[at]),
       problem: budget.some(Boolean) ? null : "No rank has reserved memory: the engine runs without a lending pool.",
     });
   }
 
   async function loadHistory() {
     const span = CHART_SPAN_S[shown().window];
-    await history.load(app.engine, span);
+    await history.load(app.engine, span, shown().phase);
     charts.imbalance.update({ points: history.points, threshold: threshold(), span, now: Date.now() / 1000, gap: history.step * 3.5 });
   }
 
@@ -101,7 +106,12 @@ export function liveView(app) {
   }
 
   async function loadHot() {
-    hot.update((await get("v1/loads/hot", { engine: app.engine, limit: 20, window_s: shown().window })).data);
+    hot.update((await get("v1/loads/hot", { engine: app.engine, limit: 20, window_s: shown().window, phase: shown().phase })).data);
+  }
+
+  async function loadWorth() {
+    const { data } = await get("v1/loads", { engine: app.engine, window_s: WORTH_WINDOW_S, phase: shown().phase });
+    worth = data[0]?.engine === app.engine ? data[0].worth : null;
   }
 
   /** Once a second, with loads over the last 10 s: shown at once if that is what is wanted. */
@@ -114,7 +124,7 @@ export function liveView(app) {
 
   function refresh() {
     by("stage").disabled = chosen(by("by")) === "expert";
-    app.refresh("loads", "history", "matrix", "hot", "threshold");
+    app.refresh("loads", "history", "matrix", "hot", "threshold", "worth");
   }
 
   for (const name of ["window", "phase", "by", "stage"]) by(name).addEventListener("change", refresh);
@@ -129,12 +139,13 @@ export function liveView(app) {
       { name: "history", every: 2, run: loadHistory, place: "imbalance" },
       { name: "matrix", every: 3, run: loadMatrix, place: "matrix" },
       { name: "hot", every: 5, run: loadHot, place: "hot" },
+      { name: "worth", every: 10, run: loadWorth },
     ],
     onStream,
     onEngines: () => engines.update(),
     onSelect: () => {
       history.clear();
-      app.threshold = null;
+      app.threshold = worth = null;
       text(by("engine-name"), app.engine);
       engines.update();
       if (app.loads.has(app.engine) && !shown().phase) showLoads(app.loads.get(app.engine));
@@ -146,21 +157,22 @@ export function liveView(app) {
 /** Points of the imbalance chart: asked for once in full, then only what is new. */
 class History {
   clear() {
-    Object.assign(this, { points: [], engine: "", span: 0 });
+    Object.assign(this, { points: [], of: "" });
   }
 
   constructor() {
     this.clear();
   }
 
-  async load(engine, span) {
+  async load(engine, span, phase) {
+    const of = JSON.stringify([engine, span, phase]);
     const step = span <= 300 ? 1 : span <= 900 ? 10 : 60;
     const now = Date.now() / 1000;
-    if (engine !== this.engine || span !== this.span) Object.assign(this, { points: [], engine, span, step });
+    if (of !== this.of) Object.assign(this, { points: [], of, step });
     const since = this.points.at(-1)?.time_s ?? 0;
     const window = Math.min(span, Math.max(Math.ceil(now - since) + 2 * step, 3 * step));
-    const { data } = await get("v1/loads/history", { engine, window_s: window, step_s: step });
-    if (engine !== this.engine || span !== this.span || !data.length) return;
+    const { data } = await get("v1/loads/history", { engine, window_s: window, step_s: step, phase });
+    if (of !== this.of || !data.length) return;
     const kept = this.points.filter((point) => point.time_s < data[0].time_s - step / 2 && point.time_s > now - span - step);
     this.points = [...kept, ...data.map(pointOf)];
   }
@@ -170,7 +182,27 @@ function pointOf({ time_s, tokens, imbalance_ratio_before, imbalance_ratio_after
   return { time_s, tokens, before: imbalance_ratio_before, after: imbalance_ratio_after };
 }
 
-function verdict(engine, loads, threshold) {
+function tightestDevice({ ranks }) {
+  const known = ranks.filter((rank) => rank.device_total_bytes);
+  return known.sort((a, b) => a.device_free_bytes / a.device_total_bytes - b.device_free_bytes / b.device_total_bytes)[0];
+}
+
+function deviceWords({ device_free_bytes: free, device_total_bytes: total }) {
+  return total ? [`device: ${format.bytes(free)} free of ${format.bytes(total)}`] : [];
+}
+
+/** What lending was measured to be worth: a figure only where the probes tell it from chance. */
+function worthTile(worth) {
+  const name = "Measured gain";
+  if (!worth) return { name, value: "–", note: "no probes in the last hour" };
+  const { gain_ratio: gain, error_ratio: error, saved_s: saved, lent_steps: lent, probed_steps: probed } = worth;
+  const counted = `${format.count(probed)} probed, ${format.count(lent)} lent`;
+  if (gain === null) return { name, value: "–", note: `too few probes yet: ${counted}` };
+  const isSure = Math.abs(gain) > 2 * error;
+  return { name, value: `${gain >= 0 ? "+" : "−"}${format.percent(Math.abs(gain))}`, note: `± ${format.percent(2 * error)}; ${format.seconds(saved)} saved in an hour; steps: ${counted}`, tone: isSure ? (gain > 0 ? "good" : "warn") : "" };
+}
+
+function verdict(engine, loads, threshold, worth) {
   const { imbalance_ratio_before: before, imbalance_ratio_after: after, window_s: window } = loads;
   const routed = loads.ranks.reduce((sum, rank) => sum + rank.routed_tokens, 0);
   const fullest = loads.ranks.reduce((most, rank) => Math.max(most, rank.memory_budget_bytes ? rank.memory_used_bytes / rank.memory_budget_bytes : 0), 0);
@@ -180,6 +212,7 @@ function verdict(engine, loads, threshold) {
     { name: "Imbalance", value: before === null ? "idle" : `${format.ratio(before)} → ${format.ratio(after)}`, note: threshold ? `threshold ${format.ratio(threshold)}` : "before → after", tone: before === null ? "" : isOver ? "warn" : "good" },
     { name: "Slowest rank", value: before && after ? `${format.percent(Math.max(0, 1 - after / before))} less` : "–", note: "than under plain EP" },
     { name: "Tokens", value: each(loads.tokens), note: format.plural(loads.layer_steps, "layer-step") },
+    worthTile(worth),
     { name: "Lends", value: each(loads.lends), note: `${format.bytes(loads.lend_bytes / Math.max(window, 1e-9))}/s` },
     { name: "Spilled", value: routed ? format.percent(loads.spilled_tokens / routed) : "–", note: "of pairs, off home rank" },
     { name: "Memory", value: format.percent(fullest), note: "of budget, fullest rank", tone: fullest > 0.95 ? "warn" : "" },

@@ -20,6 +20,9 @@ export function placementView(app) {
       problem: placement.slots_per_rank ? null : "No room for resident replicas: start the engine with replica_slots_per_rank.",
     });
     replicas.update(placement.replicas);
+    const { problem } = placement;
+    by("suggest-problem").hidden = !problem;
+    text(by("suggest-problem"), problem && `${problem[0].toUpperCase()}${problem.slice(1)}. Ask for a suggestion to see what slots would bring.`);
     text(by("replicas-count"), placement.replicas.length ? format.count(placement.replicas.length) : "");
     by("placement-rollback").disabled = false;
   }
@@ -101,7 +104,9 @@ function figures(placement) {
 }
 
 function suggestionCard(suggestion) {
-  if (!suggestion.added.length && !suggestion.dropped.length) return h("div", { class: "advice" }, h("h3", {}, "No change"), h("p", {}, suggestion.reason));
+  const isSame = !suggestion.added.length && !suggestion.dropped.length;
+  if (isSame && suggestion.with_room) return roomCard(suggestion);
+  if (isSame) return h("div", { class: "advice" }, h("h3", {}, "No change"), h("p", {}, suggestion.reason));
   const rows = [
     ["Imbalance, forecast", `${format.ratio(suggestion.imbalance_ratio_before)} → ${format.ratio(suggestion.imbalance_ratio_after)}`],
     ["Moves", `${format.bytes(suggestion.move_bytes)} in ${format.seconds(suggestion.move_s)}`],
@@ -114,11 +119,31 @@ function suggestionCard(suggestion) {
     { class: "advice", "data-tone": suggestion.is_worth_it ? "good" : "warn" },
     h("h3", {}, suggestion.is_worth_it ? "Worth it" : "Not worth it"),
     h("p", {}, suggestion.reason),
-    h("dl", { class: "numbers" }, ...rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+    figuresOf(rows),
     list("Added", suggestion.added),
     list("Dropped", suggestion.dropped),
   );
 }
+
+/** What an engine without slots would gain by some. */
+function roomCard({ reason, horizon_s: horizon, with_room: room }) {
+  const rows = [
+    ["Slots", `${room.slots_per_rank} on each rank, ${format.bytes(room.bytes_per_rank)}`],
+    ["Copies", String(room.replicas)],
+    ["Imbalance, forecast", `${format.ratio(room.imbalance_ratio_before)} → ${format.ratio(room.imbalance_ratio_after)}`],
+    ["Saves", `${format.seconds(room.saving_s)} over ${format.seconds(horizon)}`],
+  ];
+  return h(
+    "div",
+    { class: "advice", "data-tone": "warn" },
+    h("h3", {}, "No room"),
+    h("p", {}, `${reason}.`),
+    h("p", {}, room.replicas ? `With room it would ${room.is_worth_it ? "" : "not "}be worth it, by the loads of the last minutes:` : "By the loads of the last minutes no copy would surely help: slots would bring nothing."),
+    room.replicas > 0 && figuresOf(rows),
+  );
+}
+
+const figuresOf = (rows) => h("dl", { class: "numbers" }, ...rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
 
 function replicasTable(place, none) {
   return new Table(
