@@ -71,6 +71,18 @@ def test_a_placement_is_applied_and_rolled_back(running: Running, visit: Visit, 
     expect(page.locator("#placement-tiles")).to_contain_text("home ranks only")
 
 
+def test_an_engine_without_room_for_replicas_says_so(
+    running: Running, visit: Visit, report: Callable[..., Traffic]
+) -> None:
+    report(running, Engine(replica_slots_per_rank=0, start={"replicas": "suggest"}))
+    page = visit(f"{running.url}/#/placement")
+    expect(page.locator("#suggest-problem")).to_contain_text("replica_slots_per_rank is 0")
+    page.get_by_role("button", name="Ask for a suggestion").click()
+    expect(page.locator("#suggestion h3")).to_have_text("No room")
+    expect(page.locator("#suggestion")).to_contain_text(re.compile("With room it would|slots would bring nothing"))
+    expect(page.get_by_role("button", name="Apply", exact=True)).to_be_disabled()
+
+
 def test_a_recording_is_started_and_stopped(running: Running, visit: Visit, report: Callable[..., Traffic]) -> None:
     report(running, Engine())
     page = visit(f"{running.url}/#/recordings", refusals=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 
 import pytest
@@ -41,6 +42,44 @@ def test_every_view_fits_its_screen(busy: Running, visit: Visit, screen: str) ->
         expect(page.locator(".problem:visible")).to_have_count(0)
         expect(page.locator("#link-text")).to_have_text("live")
         assert width_too_much(page) <= 0, view
+
+
+class Phased(Engine):
+    """Skewed prefill steps, and decode steps that are nearly even."""
+
+    def run(self, tokens: int = 1024, hot_share: float = 0.9, phase: str = "prefill") -> None:
+        super().run(tokens=2048, hot_share=0.9, phase="prefill")
+        super().run(tokens=256, hot_share=0.25, phase="decode")
+
+
+def test_everything_follows_the_step_phase(running: Running, visit: Visit, report: Callable[..., Traffic]) -> None:
+    report(running, Phased(num_experts=8, counting_since_s=time.time()))
+    page = visit(running.url)
+    imbalance, hot = page.locator("#imbalance canvas"), page.locator("#hot tbody tr").first
+    for phase, ratio, load in (
+        ("prefill", r"now 1\.[6-9]\d before", r"[34]\.\d\d×"),
+        ("decode", r"now 1\.[0-3]", r"1\.\d\d×"),
+    ):
+        page.locator("#phase").get_by_text(phase).click()
+        expect(imbalance).to_have_attribute("aria-label", re.compile(ratio))
+        expect(hot).to_contain_text(re.compile(load))
+    # Lends and reasons are not counted by phase, and are not shown as if they were.
+    expect(page.locator("#reasons-hint")).to_have_text("of all steps")
+
+
+def test_memory_of_devices_and_what_lending_was_worth(
+    running: Running, visit: Visit, report: Callable[..., Traffic]
+) -> None:
+    engine = Engine(counting_since_s=time.time(), start={"mode": "off"})
+    running.report(engine)
+    running.report(engine)
+    page = visit(running.url)
+    expect(page.locator("#device-hint")).to_contain_text("8 GiB free of 16 GiB")
+    gain = page.locator("#tiles .tile").filter(has_text="Measured gain")
+    expect(gain).to_contain_text("no probes")
+    report(running, engine)
+    page.reload()
+    expect(gain).to_contain_text("probed")
 
 
 def test_live_shows_what_the_engines_report(busy: Running, visit: Visit) -> None:

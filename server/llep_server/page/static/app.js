@@ -248,7 +248,7 @@ function banners(engine, now) {
 function problemWords(error) {
   const old = app.answeredAt ? ` What is shown is from ${new Date(app.answeredAt * 1000).toLocaleTimeString([], { hourCycle: "h23" })}.` : "";
   if (error.status === 0) return ["The control plane does not answer.", `Serving goes on with its last settings.${old} Look whether llep control-plane runs and this machine reaches it; the page goes on by itself when it is back.`];
-  return ["The scheduler is away.", `${sentence(error.message)} Serving goes on with its last settings.${old} The page goes on by itself when it is back.`];
+  return ["The scheduler is away.", `${format.sentence(error.message)} Serving goes on with its last settings.${old} The page goes on by itself when it is back.`];
 }
 
 function staleWords(engine, now) {
@@ -256,10 +256,6 @@ function staleWords(engine, now) {
   const who = silent.length && silent.length < engine.ranks.length ? `${format.plural(silent.length, "rank")} of ${engine.id} (${silent.slice(0, 6).join(", ")}${silent.length > 6 ? ", ..." : ""})` : engine.id;
   const help = `What is shown is old. If it still serves, it does so with revision ${engine.live_revision}, and is found again by itself; if not, look at its log, or run llep doctor beside it.`;
   return [`${who} stopped reporting, last seen ${format.ago(engine.last_seen_s, now)}.`, help];
-}
-
-function sentence(words) {
-  return `${words[0].toUpperCase()}${words.slice(1)}${words.endsWith(".") ? "" : "."}`;
 }
 
 // The key

@@ -66,6 +66,10 @@ export function decision(name) {
   return name.replaceAll("_", " ");
 }
 
+export function sentence(words) {
+  return `${words[0].toUpperCase()}${words.slice(1)}${words.endsWith(".") ? "" : "."}`;
+}
+
 export function plural(number, word) {
   return `${count(number)} ${word}${number === 1 ? "" : "s"}`;
 }

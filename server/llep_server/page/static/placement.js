@@ -21,8 +21,8 @@ export function placementView(app) {
     });
     replicas.update(placement.replicas);
     const { problem } = placement;
-    by("suggest-problem").hidden = !problem;
-    text(by("suggest-problem"), problem && `${problem[0].toUpperCase()}${problem.slice(1)}. Ask for a suggestion to see what slots would bring.`);
+    by("suggest-problem").hidden = !problem || suggestion?.with_room;
+    text(by("suggest-problem"), problem && `${format.sentence(problem)} Ask for a suggestion to see what slots would bring.`);
     text(by("replicas-count"), placement.replicas.length ? format.count(placement.replicas.length) : "");
     by("placement-rollback").disabled = false;
   }
@@ -31,6 +31,7 @@ export function placementView(app) {
     await guarded(async () => {
       suggestion = await call("POST", "v1/placement/suggest", { query: { engine: app.engine } });
       by("suggestion").replaceChildren(suggestionCard(suggestion));
+      if (suggestion.with_room) by("suggest-problem").hidden = true;
       by("placement-apply").disabled = !suggestion.added.length && !suggestion.dropped.length;
       by("placement-outcome").replaceChildren();
     });
@@ -137,7 +138,7 @@ function roomCard({ reason, horizon_s: horizon, with_room: room }) {
     "div",
     { class: "advice", "data-tone": "warn" },
     h("h3", {}, "No room"),
-    h("p", {}, `${reason}.`),
+    h("p", {}, format.sentence(reason)),
     h("p", {}, room.replicas ? `With room it would ${room.is_worth_it ? "" : "not "}be worth it, by the loads of the last minutes:` : "By the loads of the last minutes no copy would surely help: slots would bring nothing."),
     room.replicas > 0 && figuresOf(rows),
   );
