@@ -138,10 +138,9 @@ class Agent:
             await self._hand_out(directive)
 
     def spool(self) -> Path | None:
-        """Where the engine's rank 0 keeps recordings, once a worker has said so."""
-        record_dirs = (worker.header.live_settings.get("record_dir", "") for worker in self._workers.values())
-        found = next(record_dirs, None)
-        return None if found is None else spool_dir(str(found))
+        """Where rank 0 keeps recordings, once it has reported here; None beside an engine's other machines."""
+        rank_0 = self._workers.get(0)
+        return spool_dir(str(rank_0.header.live_settings.get("record_dir", ""))) if rank_0 is not None else None
 
     async def _take(self, identity: bytes, header: ReportHeader, report: bytes) -> None:
         if header.incarnation != self._incarnation:

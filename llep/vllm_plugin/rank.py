@@ -54,6 +54,7 @@ logger = logging.getLogger("vllm.llep")
 # Parts of the pool that layers take turns in. Over gloo the host has waited for a layer's lends, and computed with
 # them, before the next layer's are posted; on CUDA it has only enqueued that.
 HALVES = {"cpu": 1, "cuda": 2}
+LONGEST_NAME_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,8 +227,8 @@ class Rank:
         return min(parts, default=None)
 
     def _machine_of_ranks(self) -> list[int]:
-        """A number for the machine of each rank."""
-        row = torch.tensor([_digest(socket.gethostname())], dtype=torch.int64, device=self._transport.device)
+        """A number for the machine of each rank; a container is a machine of its own."""
+        row = torch.tensor([_digest(_machine())], dtype=torch.int64, device=self._transport.device)
         machines: list[int] = self._transport.gather(row, "naming of machines").reshape(-1).tolist()
         return machines
 
@@ -268,16 +269,18 @@ class Rank:
             ranks_per_node=self._ranks_per_node,
         )
         self._info = self._engine_info(first)
-        socket_path = str(Path(tempfile.gettempdir()) / f"llep-{os.getuid()}" / f"{self._incarnation}.sock")
-        is_first = self._transport.rank == 0
-        if is_first:
+        rank = self._transport.rank
+        first_here = self._machines.index(self._machines[rank])  # of this machine's ranks: it starts their agent
+        name = f"{self._incarnation}-{first_here}.sock"
+        socket_path = str(Path(tempfile.gettempdir()) / f"llep-{os.getuid()}" / name)
+        if rank == 0:
             spool, shape = spool_dir(self._start_settings.record_dir), self._shape()
             self._recorder = Recorder(spool, self._info.engine, self._incarnation, shape, self._transport.size)
             self._recorder.record_from_start(self._start_settings.record_max_bytes)
-        agent = AgentProcess(socket_path, self._info.engine) if is_first and has_scheduler() else None
         if has_scheduler():
+            agent = AgentProcess(socket_path, self._info.engine) if rank == first_here else None
             Courier(socket_path, self.report, self.agreed, self._replicas, agent).start()
-        elif is_first:
+        elif rank == first_here:
             logger.info(
                 "llep: LLEP_RAY_ADDRESS is not set: no scheduler, the settings at start hold while this engine runs"
             )
@@ -289,7 +292,7 @@ class Rank:
         model_name = name[0] if isinstance(name, list) else name
         pool = next(iter(self._pools.values()))
         return EngineInfo(
-            engine=os.environ.get("LLEP_ENGINE") or model_name.rstrip("/").rpartition("/")[2],
+            engine=self._name_of_rank_0(os.environ.get("LLEP_ENGINE") or model_name.rstrip("/").rpartition("/")[2]),
             model_name=model_name,
             llep_version=__version__,
             vllm_version=vllm.__version__,
@@ -311,6 +314,13 @@ class Rank:
             settings=self._start_settings.dump(),
             setting_sources=self._sources,
         )
+
+    def _name_of_rank_0(self, name: str) -> str:
+        """What rank 0 calls this engine: machines of one engine may have been given a name each."""
+        data = name.encode()[:LONGEST_NAME_BYTES].ljust(LONGEST_NAME_BYTES, b"\0")
+        row = torch.tensor(list(data), dtype=torch.uint8, device=self._transport.device)
+        self._transport.broadcast(row, "naming of the engine")
+        return bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore")
 
     def _shape(self) -> ModelShape:
         info, text_config = self._info, self.config.model_config.hf_text_config
@@ -558,6 +568,15 @@ class Rank:
 
 def _shape_of(weights: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
     return tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in weights.items())
+
+
+def _machine() -> str:
+    """Its name, and which of all machines that have been given it."""
+    try:
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        boot_id = ""
+    return f"{socket.gethostname()} {boot_id}"
 
 
 def _digest(text: str) -> int:
