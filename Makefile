@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TOOLS  := $(VENV)/tools
+PROMETHEUS := $(TOOLS)/usr/bin/prometheus
 DEBS   := prometheus prometheus-alertmanager
 BROWSER := chromium fonts-dejavu-core
 CHROMIUMS := chromium chromium-browser google-chrome google-chrome-stable
@@ -25,10 +26,14 @@ serve: export LLEP_PROBE_RATIO ?= 0.05
 serve: export LLEP_REPLICAS ?= suggest
 serve: export LLEP_REPLICA_SLOTS_PER_RANK ?= 8
 
-.PHONY: serve test tools check lint types unit bench soak lock clean
+.PHONY: serve dashboard test tools check lint types unit bench soak lock clean
 
 serve: $(READY) $(if $(filter $(TINY) $(NATURAL),$(MODEL)),$(MODEL)/config.json)
 	@exec $(BIN)/llep serve $(MODEL) $(FLAGS)
+
+# Beside `make serve`: a Prometheus, and the panels of the Grafana dashboard at http://127.0.0.1:3000, without a Grafana.
+dashboard: $(READY) $(if $(shell command -v prometheus),,$(PROMETHEUS))
+	@PATH="$$PATH:$(abspath $(dir $(PROMETHEUS)))" exec $(BIN)/llep dashboard
 
 test: check tools
 	$(BIN)/python -m pytest tests/dist tests/gpu tests/scheduler tests/server tests/page tests/ops tests/vllm tests/e2e
@@ -97,10 +102,7 @@ $(READY): requirements.lock pyproject.toml
 # Prometheus and its tools, and Grafana's types, unpacked beside the packages; and a Chromium, which root gets from
 # Debian: nothing else is installed on the machine. Tests skip without them.
 tools: $(READY)
-	@test -x $(TOOLS)/usr/bin/promtool || { mkdir -p $(TOOLS) && cd $(TOOLS) && \
-	  { apt-get -qq download $(DEBS) 2>/dev/null || { apt-get -qq update && apt-get -qq download $(DEBS); }; } && \
-	  for package in *.deb; do dpkg-deb --extract $$package .; done && rm *.deb; } || \
-	  echo "No apt-get, or no Debian packages $(DEBS): tests that need them are skipped."
+	@$(MAKE) --no-print-directory $(PROMETHEUS) || echo "Tests that need them are skipped."
 	@test -x $(TOOLS)/grafana/node_modules/.bin/tsc \
 	  || npm install --silent --no-audit --no-fund --no-save --prefix $(TOOLS)/grafana $(NPMS) \
 	  || echo "No npm, or no packages $(NPMS): tests that need them are skipped."
@@ -109,6 +111,12 @@ tools: $(READY)
 	  { apt-get -qq install -y --no-install-recommends $(BROWSER) > /dev/null 2>&1 || \
 	  { apt-get -qq update && apt-get -qq install -y --no-install-recommends $(BROWSER) > /dev/null; }; } || \
 	  echo "No Chromium ($(CHROMIUMS)), and not root on Debian to install one: tests of the page are skipped."
+
+$(PROMETHEUS):
+	@mkdir -p $(TOOLS) && cd $(TOOLS) && \
+	  { apt-get -qq download $(DEBS) 2>/dev/null || { apt-get -qq update && apt-get -qq download $(DEBS); }; } && \
+	  for package in *.deb; do dpkg-deb --extract $$package .; done && rm *.deb || \
+	  { echo "No apt-get, or no Debian packages $(DEBS): put a prometheus of your own into PATH."; exit 1; }
 
 # A new requirements.lock from the ranges in pyproject.toml.
 lock:

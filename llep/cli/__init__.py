@@ -14,7 +14,7 @@ from llep.errors import LlepError, SchedulerUnreachable, SettingsError, Unsuppor
 # Modules in the order in which `llep --help` lists their commands.
 COMMANDS = (
     "serve model control_plane control top loads history placement plan simulate record tune report bench "
-    "calibrate doctor export demo with_ray"
+    "calibrate doctor export dashboard demo with_ray"
 ).split()
 
 app = typer.Typer(

@@ -207,7 +207,8 @@ LAYERS = Row(
                     'sum by (layer, ep_rank) (rate(llep_layer_rank_computed_tokens_total{layer=~"$layer", '
                     f"{SELECT}}}[5m])) / on (layer) group_left () (avg by (layer) (sum by (layer, ep_rank) "
                     f'(rate(llep_layer_rank_computed_tokens_total{{layer=~"$layer", {SELECT}}}[5m]))) > 0)',
-                    is_instant=True,
+                    "{{layer}} {{ep_rank}}",
+                    True,
                 )
             ],
             steps=((None, "green"), (1.3, "orange"), (2, "red")),

@@ -11,6 +11,13 @@ RECEIVED = f'direction="in", {SELECT}'
 OVERHEAD = f'phase=~"plan|lend", {SELECT}'
 
 
+def filled(expr: str, rate_interval: str) -> str:
+    """The expression as Grafana sends it while everything is chosen above the dashboard."""
+    for name in ("model_name", "engine", "ep_rank", "layer"):
+        expr = expr.replace(f"${name}", ".*")
+    return expr.replace(RATE, rate_interval)
+
+
 def rate(metric: str, select: str = SELECT, by: str = "") -> str:
     return f"sum{f' by ({by}) ' if by else ' '}(rate({metric}{{{select}}}[{RATE}]))"
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +22,10 @@ from llep.monitoring.rules import rules
 from llep.traces import Trace, unpacked
 from tests.e2e.client import PROBE, Client, assert_counts_are_exact, by_rank, is_all_counted, prompts
 from tests.e2e.processes import Process, kill_all
-from tests.e2e.stack import EAGER_TO_LEND, LAYERS, LLEP, TOP_K, TP_EP, VLLM, Stack, Traffic
+from tests.e2e.stack import EAGER_TO_LEND, LAYERS, LLEP, TOP_K, TP_EP, VLLM, Stack, Traffic, clean_environment
 from tests.ops.prometheus import prometheus
 from tests.ops.queries import panel_queries
+from tests.ops.tools import tool
 
 pytestmark = pytest.mark.e2e
 
@@ -209,6 +212,37 @@ def test_every_panel_of_the_dashboard_has_data(stack: Stack, client: Client, tmp
         stack.wait_for(lambda: tally.totals["llep_tokens_total"] == client.tokens, 30)
         assert {name: watcher.value(f"sum({name})") for name in COUNTERS} == tally.totals
     stack.patch(metrics_level=None, probe_ratio=None)
+
+
+def test_the_dashboard_without_a_grafana(stack: Stack, client: Client) -> None:
+    """README's way to a dashboard with data where there is no Docker: `llep dashboard` beside the stack."""
+    stack.patch(metrics_level="layer_rank", probe_ratio=0.3)
+    environment = clean_environment(PATH=f"{os.environ['PATH']}:{Path(tool('prometheus')).parent}")
+    command = [str(LLEP), "dashboard", "--server", stack.control_plane, "--api", stack.api, "--port", "0"]
+    words_left = iter(prompts(400, words=40, seed=6))
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as shown:
+        assert shown.stdout is not None
+        found = re.search(r"panels are at (\S+), Prometheus at (\S+);", shown.stdout.readline())
+        assert found, shown.communicate()
+        address, prometheus = found.groups()
+        assert "llep overview" in httpx.get(address, timeout=20).text
+        with Traffic(lambda: client.complete(next(words_left), max_tokens=4)) as traffic:
+            stack.wait_for(lambda: "no data yet" not in httpx.get(f"{address}/dashboard.svg", timeout=60).text, 90)
+        assert not traffic.failures
+        picture = stack.folder / "dashboard.svg"
+        stack.llep("dashboard", "--prometheus", prometheus, "-o", str(picture))
+        assert "no data yet" not in picture.read_text() and "Imbalance ratio before and after" in picture.read_text()
+        shown.send_signal(signal.SIGINT)
+        assert shown.wait(30) == 0
+    stack.wait_for(lambda: not answers(prometheus), 10, "Prometheus ends with it")
+    stack.patch(metrics_level=None, probe_ratio=None)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code < 500
+    except httpx.HTTPError:
+        return False
 
 
 def test_demo_load(stack: Stack, client: Client) -> None:

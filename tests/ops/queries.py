@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-VARIABLES = {"$__rate_interval": "10s", "$model_name": ".*", "$engine": ".*", "$ep_rank": ".*", "$layer": ".*"}
+from llep.monitoring.queries import filled
+
 METRIC = re.compile(r"\b(?:(?<!ray_)vllm:\w+|llep_\w+|engine:llep_\w+:\w+)")
 
 
@@ -24,11 +25,6 @@ class PanelQuery:
 def panel_queries(dashboard: dict[str, Any]) -> Iterator[PanelQuery]:
     for panel in dashboard["panels"]:
         for target in panel.get("targets", ()):
-            yield PanelQuery(panel["title"], filled(target["expr"]))
-
-
-def filled(expr: str) -> str:
-    for name, value in VARIABLES.items():
-        expr = expr.replace(name, value)
-    assert "$" not in expr, expr
-    return expr
+            expr = filled(target["expr"], "10s")
+            assert "$" not in expr, expr
+            yield PanelQuery(panel["title"], expr)

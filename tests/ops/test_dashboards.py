@@ -16,12 +16,13 @@ from running import Running, start
 
 from llep.cli.export import dashboard_text, rules_text
 from llep.monitoring.dashboards import dashboards
+from llep.monitoring.queries import filled
 from llep.monitoring.rules import ALERTS, RECORDINGS, rules
 from llep.monitoring.vllm import vllm
 from llep_server.config import ServerConfig
 from llep_server.families import FAMILIES, SCHEDULER_FAMILIES
 from tests.ops.prometheus import Prometheus, prometheus, wait_for
-from tests.ops.queries import METRIC, filled, panel_queries
+from tests.ops.queries import METRIC, panel_queries
 from tests.ops.test_rules import case, promtool_test
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +131,7 @@ def test_every_panel_has_data(seen: Prometheus) -> None:
 
 def test_every_variable_has_choices(seen: Prometheus) -> None:
     choices = {
-        variable["name"]: seen.label_values(filled(variable["query"]["query"]))
+        variable["name"]: seen.label_values(filled(variable["query"]["query"], "10s"))
         for variable in OVERVIEW["templating"]["list"]
         if variable["type"] == "query"
     }
@@ -144,7 +145,7 @@ def test_every_variable_has_choices(seen: Prometheus) -> None:
 
 def test_every_annotation_can_be_asked_for(seen: Prometheus) -> None:
     for annotation in OVERVIEW["annotations"]["list"]:
-        seen.query(filled(annotation["expr"]))
+        seen.query(filled(annotation["expr"], "10s"))
 
 
 def test_verdict_is_right(seen: Prometheus) -> None:
