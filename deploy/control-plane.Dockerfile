@@ -13,7 +13,7 @@ COPY k8s k8s
 # The packages that it needs, at the versions that the tests ran with.
 RUN python3 -m venv /opt/llep \
     && grep -E '^[A-Za-z0-9_.-]+==' requirements.lock | grep -v '+cpu$' > /tmp/pins \
-    && /opt/llep/bin/pip install --no-cache-dir --constraint /tmp/pins '.[server,scheduler]'
+    && /opt/llep/bin/pip install --no-cache-dir --constraint /tmp/pins '.[server,scheduler,otel]'
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE}

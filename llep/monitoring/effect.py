@@ -9,10 +9,10 @@ from llep.monitoring.queries import (
     MEASURED_GAIN,
     OVERHEAD,
     PLAIN_S,
+    PREFILL,
     RANK,
     SELECT,
     mean,
-    mean_imbalance,
     newest,
     rate,
 )
@@ -24,9 +24,10 @@ VERDICT = Row(
     [
         Panel(
             kind=Kind.STAT,
-            title="Balancedness after",
-            description="Mean / max of rank loads after balancing; 100% is perfectly even. Below 80%: see decisions.",
-            queries=[Query(mean("llep_balancedness_ratio", AFTER))],
+            title="Prefill balancedness",
+            description="Mean / max of rank loads after balancing, in prefill, where most of the time is to be saved; "
+            "100% is perfectly even. Below 80%: see decisions. Decode: see balancedness by phase.",
+            queries=[Query(mean("llep_balancedness_ratio", f"{PREFILL}, {AFTER}"))],
             unit=Unit.RATIO,
             steps=BAD_LOW,
             width=3,
@@ -34,10 +35,15 @@ VERDICT = Row(
         ),
         Panel(
             kind=Kind.STAT,
-            title="Peak load removed",
-            description="How much smaller the largest rank load became, mean over layers and steps. 0% where routing "
-            "is even already; near 0% while the imbalance before is high: see decisions.",
-            queries=[Query(f"1 - {mean_imbalance(AFTER)} / {mean_imbalance(BEFORE)}")],
+            title="Prefill peak removed",
+            description="How much smaller the largest rank load became in prefill, over layers and steps. 0% where "
+            "routing is even already; near 0% while the imbalance before is high: see decisions.",
+            queries=[
+                Query(
+                    f"1 - {mean('llep_balancedness_ratio', f'{PREFILL}, {BEFORE}')} "
+                    f"/ {mean('llep_balancedness_ratio', f'{PREFILL}, {AFTER}')}"
+                )
+            ],
             unit=Unit.RATIO,
             width=3,
             height=5,
@@ -108,10 +114,13 @@ IMBALANCE = Row(
         Panel(
             kind=Kind.TIMESERIES,
             title="Imbalance ratio before and after",
-            description="Max / mean of rank loads, mean over layers and steps: the slowest rank's load in units of an "
-            "even one. Good: after stays at the threshold or below. Many small decode batches lift both.",
+            description="Max / mean of rank loads in prefill, harmonic mean over layers and steps: the slowest rank's "
+            "load in units of an even one. Good: after stays at the threshold or below.",
             queries=[
-                Query(mean_imbalance(SELECT, "engine, stage"), "{{engine}} {{stage}}"),
+                Query(
+                    f"1 / {mean('llep_balancedness_ratio', f'{PREFILL}, {SELECT}', 'engine, stage')}",
+                    "{{engine}} {{stage}}",
+                ),
                 Query(newest("llep_settings_imbalance_threshold"), "{{engine}} threshold", is_dashed=True),
             ],
             low=1,
@@ -120,7 +129,7 @@ IMBALANCE = Row(
             kind=Kind.TIMESERIES,
             title="Balancedness by phase",
             description="Mean / max of rank loads, mean over layers and steps. Good: prefill after lies near 100%. "
-            "Decode is left alone by step plans; only resident replicas lift it.",
+            "Decode is left alone by step plans, since small batches gain nothing; only resident replicas lift it.",
             queries=[Query(mean("llep_balancedness_ratio", SELECT, "phase, stage"), "{{phase}} {{stage}}")],
             unit=Unit.RATIO,
             high=1,

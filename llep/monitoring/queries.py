@@ -6,6 +6,7 @@ SELECT = 'model_name=~"$model_name", engine=~"$engine"'
 VLLM = 'model_name=~"$model_name"'  # there `engine` is a number of vLLM's own
 RATE = "$__rate_interval"
 BEFORE, AFTER = f'stage="before", {SELECT}', f'stage="after", {SELECT}'
+PREFILL = 'phase="prefill"'
 RANK = f'ep_rank=~"$ep_rank", {SELECT}'
 RECEIVED = f'direction="in", {SELECT}'
 OVERHEAD = f'phase=~"plan|lend", {SELECT}'
@@ -24,10 +25,6 @@ def rate(metric: str, select: str = SELECT, by: str = "") -> str:
 
 def mean(summary: str, select: str = SELECT, by: str = "") -> str:
     return f"({rate(f'{summary}_sum', select, by)} / ({rate(f'{summary}_count', select, by)} > 0))"
-
-
-def mean_imbalance(select: str, by: str = "") -> str:
-    return mean("llep_imbalance_ratio", select, by)
 
 
 def _worth(unit: str, side: str) -> str:

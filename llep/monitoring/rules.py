@@ -67,10 +67,16 @@ RECORDINGS = (
         f"({_rate('llep_imbalance_ratio_count', BY + ', stage')} > 0)",
     ),
     Recording(
-        "engine:llep_excess_removed:ratio5m",
-        '(engine:llep_imbalance_ratio:mean5m{stage="before"} - ignoring (stage) '
-        'engine:llep_imbalance_ratio:mean5m{stage="after"}) / ignoring (stage) '
-        '((engine:llep_imbalance_ratio:mean5m{stage="before"} - 1) > 0)',
+        "engine:llep_balancedness_ratio:mean5m",
+        f"{_rate('llep_balancedness_ratio_sum', BY + ', phase, stage')} / "
+        f"({_rate('llep_balancedness_ratio_count', BY + ', phase, stage')} > 0)",
+    ),
+    # Of what balancedness lacks to 1, by phase: decode, left alone on purpose, must not hide what happens in prefill.
+    Recording(
+        "engine:llep_unevenness_removed:ratio5m",
+        '(engine:llep_balancedness_ratio:mean5m{stage="after"} - ignoring (stage) '
+        'engine:llep_balancedness_ratio:mean5m{stage="before"}) / ignoring (stage) '
+        '((1 - engine:llep_balancedness_ratio:mean5m{stage="before"}) > 0)',
     ),
     Recording(
         "engine:llep_plan_decisions:ratio5m",
@@ -176,14 +182,14 @@ ALERTS = (
     Alert(
         name="LlepNotHelping",
         expr=(
-            "(engine:llep_excess_removed:ratio5m < 0.1) "
+            f"(max by ({BY}) (engine:llep_unevenness_removed:ratio5m) < 0.1) "
             f'and on ({BY}) (sum by ({BY}) (engine:llep_plan_decisions:ratio5m{{decision=~"lend|replica"}}) > 0.05) '
             f"and on ({BY}) ({_IS_ACTIVE}) unless on ({BY}) (engine:llep_measured_gain:ratio1h > 0.02)"
         ),
         minutes=15,
         severity="warning",
         summary=f"{_WHO} lends, and ranks are no more even for it",
-        description=f"Lends take away {_SHARE} of what the imbalance ratio is above 1, and no gain is measured.",
+        description=f"Lends take away {_SHARE} of what balancedness lacks to 1, and no gain is measured.",
     ),
     Alert(
         name="LlepCostsTime",

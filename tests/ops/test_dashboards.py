@@ -151,8 +151,8 @@ def test_every_annotation_can_be_asked_for(seen: Prometheus) -> None:
 def test_verdict_is_right(seen: Prometheus) -> None:
     """The numbers of the verdict, against the counters themselves."""
     by_title = {query.panel: query.expr for query in panel_queries(OVERVIEW)}
-    assert 0.9 < seen.value(by_title["Balancedness after"]) <= 1
-    assert 0.2 < seen.value(by_title["Peak load removed"]) < 0.8
+    assert 0.9 < seen.value(by_title["Prefill balancedness"]) <= 1
+    assert 0.2 < seen.value(by_title["Prefill peak removed"]) < 0.8
     routed, computed = (seen.value(f"sum(llep_rank_{name}_tokens_total)") for name in ("routed", "computed"))
     assert routed == computed > 0
     assert seen.firing() == set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from llep.config import Settings, load_settings
 from llep.monitoring.dashboards import dashboards
 from llep.monitoring.rules import JOB, prometheus_rule
 from llep_server.config import DEFAULT_PORT, ServerConfig
+from llep_server.tracing import ENDPOINT_VARIABLE
 from tests.ops.manifests import Object, Pod, named, pods, render, selects
 
 ROOT = Path(__file__).parents[2]
@@ -202,6 +204,23 @@ def test_budgets_and_monitors_choose_somebody(objects: list[Object]) -> None:
         assert service["metadata"]["labels"][monitor["spec"]["jobLabel"]] == JOB
         credentials = endpoint["authorization"]["credentials"]
         assert SECRETS[credentials["name"]] == credentials["key"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_spans_get_out_where_they_are_wanted(overlay: str, tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    path = tmp_path / "k8s" / "overlays" / overlay / "kustomization.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["components"] = [*content.get("components", ()), "../../components/tracing"]
+    path.write_text(yaml.safe_dump(content))
+    objects = render(path.parent)
+    (policy,) = (p for name, p in named(objects, "NetworkPolicy").items() if name == "llep-traces")
+    kubernetes_validate.validate(policy, KUBERNETES, strict=True)
+    (control_plane,) = chosen(policy["spec"]["podSelector"], objects)
+    port = control_plane.environment[ENDPOINT_VARIABLE]["value"].rpartition(":")[2]
+    (rule,) = policy["spec"]["egress"]
+    assert [str(p["port"]) for p in rule["ports"]] == [port]
+    assert not any(ENDPOINT_VARIABLE in pod.environment for pod in pods(objects) if pod.owner != control_plane.owner)
 
 
 def test_monitoring_is_as_made() -> None:

@@ -56,10 +56,21 @@ def healthy() -> Series:
         'vllm:prompt_tokens_total{model_name="m",engine="0"}': growing(1000),
         'vllm:generation_tokens_total{model_name="m",engine="0"}': growing(1000),
     }
+    series |= balancedness("prefill", 0.5, 0.95) | balancedness("decode", 0.5, 0.5)
     series |= {f'llep_imbalance_ratio_count{{{ENGINE},stage="{s}"}}': growing(600) for s in ("before", "after")}
     series |= {f"llep_settings_{name}revision{{{ENGINE}}}": still(3) for name in ("", "held_", "desired_")}
     series |= worth(lent_s=8, lent_pairs=900, probed_s=0.1, probed_pairs=9)
     return series | decisions(lend=300, balanced=200, small_batch=100) | state("live")
+
+
+def balancedness(phase: str, before: float, after: float) -> Series:
+    """Means over 300 layer-steps a minute."""
+    series = {}
+    for stage, value in (("before", before), ("after", after)):
+        labels = f'{ENGINE},phase="{phase}",stage="{stage}"'
+        series[f"llep_balancedness_ratio_sum{{{labels}}}"] = growing(300 * value)
+        series[f"llep_balancedness_ratio_count{{{labels}}}"] = growing(300)
+    return series
 
 
 def worth(**per_minute: float) -> Series:
@@ -115,10 +126,7 @@ FAULTS: dict[str, Series] = {
     "LlepSchedulerDown": {"llep_scheduler_up": still(0)},
     "LlepStoreClosed": {"llep_scheduler_store_open": still(0)},
     "LlepEngineSilent": state("stale") | {f"llep_engine_last_seen_timestamp_seconds{{{ENGINE}}}": still(1200)},
-    "LlepNotHelping": {
-        f'llep_imbalance_ratio_sum{{{ENGINE},stage="before"}}': growing(600 * 1.5),
-        f'llep_imbalance_ratio_sum{{{ENGINE},stage="after"}}': growing(600 * 1.48),
-    }
+    "LlepNotHelping": balancedness("prefill", 0.66, 0.68)
     | worth(lent_s=9.9, lent_pairs=900, probed_s=0.1, probed_pairs=9),
     "LlepCostsTime": worth(lent_s=12, lent_pairs=900, probed_s=0.1, probed_pairs=9),
     "LlepImbalanceHigh": {
@@ -154,6 +162,9 @@ NO_FAULTS: dict[str, Series] = {
     "decode, in batches too small to balance": healthy()
     | FAULTS["LlepImbalanceHigh"]
     | decisions(lend=10, small_batch=590),
+    "prefills that are evened out among much decode that is not, and no gain to be measured": healthy()
+    | worth(lent_s=9.9, lent_pairs=900, probed_s=0.1, probed_pairs=9)
+    | decisions(lend=45, small_batch=555),
     "an engine that was taken away long ago": healthy()
     | FAULTS["LlepEngineSilent"]
     | {f"llep_engine_last_seen_timestamp_seconds{{{ENGINE}}}": still(-3600)},
@@ -208,14 +219,15 @@ def test_silent_when_well_and_when_idle(tmp_path: Path) -> None:
 
 
 def test_recorded_numbers(tmp_path: Path) -> None:
-    """Worked by hand: imbalance 2.0 -> 1.05 takes 0.95 of the 1.0 above even away; 3 of 33 s are overhead.
+    """Worked by hand: balancedness 0.5 -> 0.95 takes away 0.9 of what it lacks to 1; 3 of 33 s are overhead.
 
     900 pairs a minute would take 10 s at the probes' 0.1 s for 9, and take 8.
     """
     labels = '{engine="e", model_name="m"}'
     expected = {
         "engine:llep_layer_steps:rate5m": 10,
-        "engine:llep_excess_removed:ratio5m": 0.95,
+        'engine:llep_balancedness_ratio:mean5m{phase="prefill",stage="after"}': 0.95,
+        "engine:llep_unevenness_removed:ratio5m": 0.9,  # in prefill, and nothing in decode
         "engine:llep_overhead:ratio5m": 3 / 33,
         "engine:llep_spilled_tokens:ratio5m": 0.1,
         "engine:llep_lend_bytes:rate5m": 1e5,
