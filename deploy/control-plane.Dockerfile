@@ -13,7 +13,7 @@ COPY k8s k8s
 # The packages that it needs, at the versions that the tests ran with.
 RUN python3 -m venv /opt/llep \
     && grep -E '^[A-Za-z0-9_.-]+==' requirements.lock | grep -v '+cpu$' > /tmp/pins \
-    && /opt/llep/bin/pip install --no-cache-dir --constraint /tmp/pins '.[server,scheduler,otel]'
+    && /opt/llep/bin/pip install --no-cache-dir --constraint /tmp/pins '.[server,scheduler,planning,otel]'
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE}
@@ -30,6 +30,7 @@ ENV PATH=/opt/llep/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     LLEP_STATE_DIR=/var/lib/llep \
+    NUMBA_CACHE_DIR=/var/lib/llep/numba \
     LLEP_SERVER_HOST=0.0.0.0 \
     LLEP_SERVER_PORT=8088 \
     RAY_AUTH_TOKEN_PATH=/run/llep/ray-token

@@ -26,8 +26,7 @@ def answer_question(values: Mapping[str, Any]) -> dict[str, Any]:
     planner = str(values.get("planner") or "quota")
     check_planner(planner)
     question = parse_question({key: value for key, value in values.items() if key != "planner"})
-    warm_up()
-    found = answer(question, planner)
+    found = answer(question, planner)  # one plan: compiling the planners, where nobody has yet, would take far longer
     lends_by_rank = Counter(lend["dst_rank"] for lend in found["lends"])
     each = bytes_per_lend(question.options)
     return {

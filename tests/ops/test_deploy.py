@@ -66,6 +66,12 @@ def test_ports_are_those_of_the_code() -> None:
     assert ServerConfig.from_env(environment(path) | {"LLEP_SERVER_INSECURE": "1"}).port == DEFAULT_PORT
 
 
+def test_the_control_plane_can_all_that_it_offers() -> None:
+    """Simulation, tuning, Parquet and spans need packages that nobody can add to a read-only image."""
+    text = (DEPLOY / "control-plane.Dockerfile").read_text()
+    assert set(re.findall(r"'\.\[(.*)\]'", text)[0].split(",")) == {"server", "scheduler", "planning", "otel"}
+
+
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_head_and_nodes_agree_on_state_and_token(path: Path) -> None:
     ours = environment(path)
