@@ -27,6 +27,7 @@ PORT = 6379
 PORT_FLAGS = ("node-manager-port", "object-manager-port", "runtime-env-agent-port", "dashboard-agent-grpc-port")
 METRICS_PORT, CLIENT_PORT, FIRST_WORKER_PORT, LAST_WORKER_PORT = 9, 10, 20, 99
 OBJECT_STORE_BYTES = 80 * 1024**2  # Ray's least; nothing is kept there
+RAY_TOKEN = Path("~/.ray/auth_token")  # where Ray looks by itself
 LOOK_EVERY_S = 0.5
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -120,9 +121,19 @@ def _environment(role: Role, ip: str, port: int, environ: Mapping[str, str]) -> 
 
 
 def _token_file(role: Role, environment: Mapping[str, str]) -> Path | None:
-    """Where Ray's token is, which a head writes if nobody has; None if the token comes otherwise or none is wanted."""
+    """Where Ray's token is, which a head writes if nobody has; None if the token comes otherwise or none is wanted.
+
+    Raises UnsupportedConfiguration where it can come from nowhere.
+    """
     path = Path(environment.get("RAY_AUTH_TOKEN_PATH", ""))
-    if environment["RAY_AUTH_MODE"] != "token" or environment.get("RAY_AUTH_TOKEN") or not path.name:
+    if environment["RAY_AUTH_MODE"] != "token" or environment.get("RAY_AUTH_TOKEN"):
+        return None
+    if not path.name:
+        if not RAY_TOKEN.expanduser().exists():
+            raise UnsupportedConfiguration(
+                f"Ray wants a token and there is none: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (a head writes a file "
+                f"there), put one into {RAY_TOKEN}, or set RAY_AUTH_MODE=disabled"
+            )
         return None
     if role is Role.HEAD and not path.exists():
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "w") as file:
@@ -136,6 +147,12 @@ def _run(ray: Child, command: Child, token_file: Path | None) -> int:
     with signals.heeded():
         try:
             command.start()
+            if token_file is not None and not token_file.exists():
+                print(
+                    f"llep: Ray waits for its token in {token_file}, which a head writes: give both the same volume "
+                    "there, or RAY_AUTH_TOKEN",
+                    flush=True,
+                )
             while command.status is None:
                 if token_file is None or token_file.exists():
                     _keep(ray)

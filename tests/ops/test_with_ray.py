@@ -129,6 +129,7 @@ def test_head_and_node_are_one_ray_and_end_in_order(tmp_path: Path, monkeypatch:
         (("head",), {}, "no command"),
         (("node", "true"), {}, "neither 'auto' nor host:port"),
         (("node", "true"), {"LLEP_RAY_ADDRESS": "auto"}, "names no Ray to join"),
+        (("head", "true"), {"HOME": "/nowhere"}, "Ray wants a token and there is none"),
     ],
 )
 def test_mistakes_are_said(words: tuple[str, ...], environment: dict[str, str], said: str) -> None:
@@ -136,3 +137,11 @@ def test_mistakes_are_said(words: tuple[str, ...], environment: dict[str, str], 
     command = [str(BIN / "llep"), "with-ray", *words]
     done = subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_node_says_that_it_waits_for_its_token(tmp_path: Path) -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LLEP_", "RAY_"))}
+    more = {"LLEP_RAY_ADDRESS": "127.0.0.1:1", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    command = [str(BIN / "llep"), "with-ray", "--node-ip", "127.0.0.1", "node", "true"]
+    done = subprocess.run(command, env=kept | more, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and f"Ray waits for its token in {tmp_path / 'token'}" in done.stdout
