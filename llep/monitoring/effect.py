@@ -228,8 +228,8 @@ LAYERS = Row(
         Panel(
             kind=Kind.BARGAUGE,
             title="Ten worst layers after balancing",
-            description="Mean imbalance ratio after balancing in the last 5 minutes; needs metrics_level layer. One "
-            "layer far above the others: try more slots, or look at its experts.",
+            description="Mean imbalance ratio after balancing in the last 5 minutes, of decode too, which lifts all "
+            "layers alike; needs metrics_level layer. One far above the others: more slots, or look at its experts.",
             queries=[
                 Query(
                     f"topk(10, sum by (engine, layer) (rate(llep_layer_imbalance_ratio_sum{{{AFTER}}}[5m])) / "

@@ -11,8 +11,8 @@ from typing import Any
 
 from llep.monitoring.grafana import COLUMNS, Kind
 
-COLUMN, LINE, GAP = 42, 20, 4  # pixels of Grafana's grid
-LEFT, BOTTOM = 46, 16  # of a chart: for the numbers beside it, and a line of names
+COLUMN, LINE, GAP = 52, 20, 4  # pixels of Grafana's grid
+LEFT, BOTTOM = 54, 16  # of a chart: for the numbers beside it, and a line of names
 LETTER = 6.1  # mean width
 COLOURS = ("#3274d9", "#e0752d", "#56a64b", "#e02f44", "#8f3bb8", "#c9a800", "#37872d", "#5195ce", "#ff7383", "#7c2ea3")
 SHADES = {"green": "#d5ecd0", "orange": "#fbdcb8", "red": "#f7c0c4"}
@@ -101,7 +101,9 @@ def _stat(panel: dict[str, Any], found: list[Series]) -> Iterator[str]:
     unit, names = _field(panel, "unit"), panel["options"]["textMode"] == "name"
     if len(found) == 1:
         name, row = found[0]
-        yield f'<text class="v" y="30">{escape(name if names else shown(row[-1][1], unit))}</text>'
+        text = name if names else shown(row[-1][1], unit)
+        size = "v" if len(text) < 10 else ""
+        yield f'<text class="{size}" y="30">{escape(text)}</text>'
         return
     for line, (name, row) in enumerate(found[:4]):
         yield f'<text y="{12 + 15 * line}">{escape(name if names else f"{name}: {shown(row[-1][1], unit)}")}</text>'
@@ -172,7 +174,7 @@ def _heatmap(found: list[Series], width: float, height: float) -> Iterator[str]:
                     f'fill-opacity="{opacity:.2f}"/>'
                 )
         if tall > 8 or index % 4 == 0:
-            text = _cut(name.removeprefix("+"), LEFT - 4, 5.5)
+            text = name.removeprefix("+")[-9:]
             yield f'<text class="s" x="{LEFT - 5}" y="{y + tall / 2 + 4:.1f}" text-anchor="end">{escape(text)}</text>'
 
 
