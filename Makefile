@@ -13,6 +13,8 @@ NPMS   := @grafana/schema@13.2.3 typescript@7.0.2
 # make serve: another checkpoint or hub name with MODEL=..., other vLLM flags with FLAGS=...; TRAIN=1 first trains a
 # small model on this machine's text (5 minutes), whose routing is skewed as real models' is: the default from then on.
 TINY   := models/tiny-gpt-oss
+# Half of the experts hot, and experts large enough for lending to save time on two CPU cores: as in deploy/.
+DEMO   := --hot 0-7 --hot-share 0.85 --hidden 256 --intermediate 1024 --dtype bfloat16
 NATURAL := models/natural-gpt-oss
 MODEL  ?= $(if $(TRAIN)$(wildcard $(NATURAL)/config.json),$(NATURAL),$(TINY))
 FLAGS  ?= --tensor-parallel-size 2 --enable-expert-parallel --enforce-eager
@@ -23,6 +25,7 @@ serve: export LLEP_MIN_BATCH_TOKENS ?= 16
 serve: export LLEP_MIN_CHUNK_TOKENS ?= 8
 # Short runs: measure the gain often; and leave room to try resident copies (`llep placement`).
 serve: export LLEP_PROBE_RATIO ?= 0.05
+serve: export LLEP_METRICS_LEVEL ?= layer_rank
 serve: export LLEP_REPLICAS ?= suggest
 serve: export LLEP_REPLICA_SLOTS_PER_RANK ?= 8
 
@@ -84,7 +87,7 @@ soak: $(READY)
 	$(BIN)/python -m bench.monitoring --append
 
 $(TINY)/config.json: | $(READY)
-	$(BIN)/llep model tiny gpt-oss $(TINY) --hot 0-7 --hot-share 0.85
+	$(BIN)/llep model tiny gpt-oss $(TINY) $(DEMO)
 
 $(NATURAL)/config.json: | $(READY)
 	$(BIN)/llep model train gpt-oss $(NATURAL)

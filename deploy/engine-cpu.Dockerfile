@@ -15,7 +15,8 @@ COPY llep llep
 COPY server server
 COPY k8s k8s
 RUN /opt/llep/bin/pip install --no-cache-dir --no-deps --no-build-isolation . \
-    && /opt/llep/bin/llep model tiny gpt-oss /models/tiny-gpt-oss --hot 0-7 --hot-share 0.85
+    && /opt/llep/bin/llep model tiny gpt-oss /models/tiny-gpt-oss \
+       --hot 0-7 --hot-share 0.85 --hidden 256 --intermediate 1024 --dtype bfloat16
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE}

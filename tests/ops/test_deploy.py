@@ -103,6 +103,11 @@ def test_the_wheel_that_images_install_holds_every_file(tmp_path: Path) -> None:
         assert place in held, name
 
 
+def test_the_demo_serves_the_same_model_as_make_serve() -> None:
+    (options,) = re.findall(r"^DEMO +:= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert any(options in " ".join(line.split()) for line in instructions(DEPLOY / "engine-cpu.Dockerfile", "RUN"))
+
+
 def test_compose_file_is_one() -> None:
     command = [BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", DEPLOY / "compose.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
