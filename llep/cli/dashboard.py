@@ -98,12 +98,12 @@ def drawn(prometheus: str, seconds: float) -> str:
 def answers(client: httpx.Client, seconds: float, target: dict[str, Any], rate_interval: str = "20s") -> list[Series]:
     """What a Prometheus says to a panel's query over the last `seconds`. Raises httpx.HTTPError."""
     now_s = time.time()
-    query = {"query": filled(target["expr"], rate_interval)}
+    query: dict[str, Any] = {"query": filled(target["expr"], rate_interval)}
     if target["instant"]:
-        path, span = "/api/v1/query", {"time": now_s}
+        response = client.get("/api/v1/query", params=query | {"time": now_s})
     else:
-        path, span = "/api/v1/query_range", {"start": now_s - seconds, "end": now_s, "step": max(seconds / POINTS, 1.0)}
-    response = client.get(path, params=query | span)
+        span = {"start": now_s - seconds, "end": now_s, "step": max(seconds / POINTS, 1.0)}
+        response = client.get("/api/v1/query_range", params=query | span)
     response.raise_for_status()
     rows = response.json()["data"]["result"]
     return [(legend(target["legendFormat"], row["metric"]), _points(row)) for row in rows]
