@@ -62,6 +62,7 @@ export function decisionsView(app) {
 }
 
 function numberOf(name, value) {
+  if (/imbalance/.test(name)) return format.ratio(value);
   if (/_s$|seconds/.test(name)) return format.seconds(value);
   if (/_bytes$/.test(name)) return format.bytes(value);
   if (/share|error|_ratio$/.test(name) && value < 1) return format.percent(value);
