@@ -447,7 +447,7 @@ class LeastLoadedMoE:
         """Raises BadWeights on every rank, naming the tensor and the rule where one is at fault."""
         problem = _weights_problem(self.experts.weights, self.pool, self.transport.device)
         problem = problem or self._homes_problem()
-        form = [(name, tuple(t.shape[1:]), str(t.dtype)) for name, t in self.experts.weights.items()]
+        form = [(name, tuple(t.shape[1:]), t.stride()[1:], str(t.dtype)) for name, t in self.experts.weights.items()]
         row = [bool(problem), text_digest(repr(form)), text_digest(repr((self.home_rank, self.local_ids)))]
         rows_R3 = self.transport.gather(
             torch.tensor(row, dtype=torch.int64, device=self.transport.device), "comparison of weights' forms"
@@ -456,7 +456,10 @@ class LeastLoadedMoE:
             raise BadWeights(problem)
         if bad := rows_R3[:, 0].nonzero().reshape(-1).tolist():
             raise BadWeights(f"EP rank {', '.join(map(str, bad))} refused its weights; see its log. Nobody has a layer")
-        for what, column in (("weights of the same names, shapes and types", 1), ("the same homes of experts", 2)):
+        for what, column in (
+            ("weights of the same names, shapes, strides and types", 1),
+            ("the same homes of experts", 2),
+        ):
             different = (rows_R3[:, column] != rows_R3[0, column]).nonzero().reshape(-1).tolist()
             if different:
                 raise BadWeights(f"all EP ranks must have {what}: rank {different[0]} has others than rank 0")

@@ -15,6 +15,10 @@ overlap with the exchange; a rank that neither lends nor borrows posts none. Whe
 weights on, it does once they have arrived, whatever it computes meanwhile. Everything else is a collective that every
 rank enters. Rows and weights travel as bytes: no backend needs to know their types.
 
+Ranks on CPUs of one machine that may read each other's memory, which they find out when the Transport is made, send no
+weights: the rank that has them says where they are, the borrower reads them there in a thread of its own, and says that
+it has; until then the lender's wait lasts. Nobody passes them on: reading costs who reads.
+
 On CUDA all of it is enqueued: lends on a stream of their own, one batch a round of the relay tree, which NCCL's stream
 keeps in order; waiting holds up the computing stream, not the host.
 """
@@ -37,6 +41,8 @@ import torch
 import torch.distributed as dist
 
 from llep.errors import LlepError
+from llep.moe import neighbours
+from llep.moe.agreement import RanksDisagree
 from llep.moe.dispatch import slots_of
 from llep.moe.slots import NO_RESIDENTS, Copy, Residents, bytes_of_expert
 from llep.plan import Plan, Transfer
@@ -63,7 +69,7 @@ class PendingLends:
 
     transport: Transport
     works: list[dist.Work]
-    forwards: list[Future[list[dist.Work]]]
+    forwards: list[Future[list[dist.Work]]]  # what threads have posted, once they are done
 
     def wait(self) -> None:
         """Waiting twice is waiting once."""
@@ -71,7 +77,7 @@ class PendingLends:
             self.transport._wait(work, "lends")
         for forward in self.forwards:
             for work in forward.result():
-                self.transport._wait(work, "lends passed on")
+                self.transport._wait(work, "lends passed on, or read")
         self.works, self.forwards = [], []
 
 
@@ -109,9 +115,12 @@ class Transport:
     """The collectives and transfers of one EP group.
 
     ranks: global ranks of the group, in the order of EP ranks. Creating a Transport is itself a collective over them.
+    may_read: whether this rank takes weights from other ranks' memory where it can; if one can't, none does.
     """
 
-    def __init__(self, ranks: Sequence[int], device: torch.device, watchdog_s: float = 60.0) -> None:
+    def __init__(
+        self, ranks: Sequence[int], device: torch.device, watchdog_s: float = 60.0, *, may_read: bool = True
+    ) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         self.ranks = list(ranks)
         self.rank = self.ranks.index(dist.get_rank())
@@ -131,6 +140,22 @@ class Transport:
             self._lending_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             # A first batch of transfers must find the communicator made: not all ranks enter it.
             dist.all_reduce(torch.zeros(1, device=device), group=self._weights)
+        self._processes = None if device.type == "cuda" else self._readable_processes(may_read)
+
+    def _readable_processes(self, may_read: bool) -> list[int] | None:
+        """The process of each rank, if all ranks can read all others' memory. Every rank enters it."""
+        self._mark = neighbours.Mark()  # stays where it is while others may look
+        marks_R3 = self.gather(self._mark.row, "naming of processes")
+        can_read = may_read and all(neighbours.is_readable(row) for row in marks_R3)
+        verdicts = self.gather(torch.tensor([int(can_read)]), "comparison of who can read whom")
+        return marks_R3[:, 0].tolist() if verdicts.all() else None
+
+    @property
+    def lends_by(self) -> str:
+        """How weights get to another rank: 'nccl', 'gloo', or 'reading' where ranks share a machine's memory."""
+        if self.device.type == "cuda":
+            return "nccl"
+        return "gloo" if self._processes is None else "reading"
 
     @property
     def size(self) -> int:
@@ -185,6 +210,7 @@ class Transport:
     ) -> PendingLends:
         """Post this rank's part of the plan's transfers: weights that it has out, others into the pool, and on."""
         slots = slots_of(plan, self.rank)
+        transfers = plan.transfers if self._processes is None else _from_the_root(plan.transfers)
 
         def place(expert: int) -> tuple[Mapping[str, torch.Tensor], int]:
             if expert in slots:
@@ -196,7 +222,7 @@ class Transport:
         return self._start(
             [
                 _Hop(hop, index * len(weights), *place(hop.expert))
-                for index, hop in enumerate(plan.transfers)
+                for index, hop in enumerate(transfers)
                 if self.rank in (hop.src_rank, hop.dst_rank)
             ]
         )
@@ -219,7 +245,52 @@ class Transport:
         return self._start(hops)
 
     def _start(self, hops: Sequence[_Hop]) -> PendingLends:
+        if self._processes is not None:
+            return self._start_reading(hops, self._processes)
         return self._start_batches(hops) if self.device.type == "cuda" else self._start_each(hops)
+
+    def _start_reading(self, hops: Sequence[_Hop], processes: Sequence[int]) -> PendingLends:
+        """Say where the weights are that others read, and read those that others have, in a thread, in this order."""
+        pending = PendingLends(self, [], [])
+        offers: list[tuple[_Hop, torch.Tensor, dist.Work]] = []
+        for hop in hops:
+            if hop.transfer.src_rank == self.rank:
+                peer = self.ranks[hop.transfer.dst_rank]
+                offer, receipt = _offer(hop), torch.empty(1, dtype=torch.uint8)
+                pending.works += [
+                    _posted(dist.isend(offer, peer, group=self._weights, tag=hop.first_tag)),
+                    _posted(dist.irecv(receipt, peer, group=self._weights, tag=hop.first_tag)),
+                ]
+            else:
+                offer = torch.empty((len(hop.bank), 2), dtype=torch.int64)
+                peer = self.ranks[hop.transfer.src_rank]
+                offers.append((hop, offer, _posted(dist.irecv(offer, peer, group=self._weights, tag=hop.first_tag))))
+        if offers:
+            pending.forwards.append(self._forwarder.submit(self._read, offers, processes))
+        return pending
+
+    def _read(
+        self, offers: Sequence[tuple[_Hop, torch.Tensor, dist.Work]], processes: Sequence[int]
+    ) -> list[dist.Work]:
+        """Fill the rows of the bank as offered; the receipts that are under way then."""
+        receipts = []
+        for hop, offer, work in offers:
+            self._wait(work, "lends offered")
+            src_rank = hop.transfer.src_rank
+            for (name, tensor), (address, size) in zip(hop.bank.items(), offer.tolist(), strict=True):
+                room = bytes_of_expert(tensor, hop.row)
+                if len(room) != size:
+                    raise RanksDisagree(
+                        f"EP rank {src_rank} lends {name} of expert {hop.transfer.expert} as {size} bytes, EP rank "
+                        f"{self.rank} has room for {len(room)}: their weights must have the same form"
+                    )
+                try:
+                    neighbours.read(processes[src_rank], address, room)
+                except OSError as error:
+                    raise self._lost("lends read", error) from error
+            receipt = torch.ones(1, dtype=torch.uint8)
+            receipts.append(_posted(dist.isend(receipt, self.ranks[src_rank], group=self._weights, tag=hop.first_tag)))
+        return receipts
 
     def _start_each(self, hops: Sequence[_Hop]) -> PendingLends:
         """Over gloo: both ends post in the plan's order, which the tags keep."""
@@ -290,13 +361,15 @@ class Transport:
             else:
                 work.wait(timedelta(seconds=self.watchdog_s))
         except RuntimeError as error:
-            place = f"{self.where or 'one layer'}, in {what}"
-            raise PeerLost(
-                f"EP rank {self.rank} of {self.size} gave up at {place}, after at most watchdog_s="
-                f"{self.watchdog_s:g}. {self._blame(place)}. See the other ranks' logs, and restart the engine "
-                f"({error})",
-                param="watchdog_s",
-            ) from error
+            raise self._lost(what, error) from error
+
+    def _lost(self, what: str, error: Exception) -> PeerLost:
+        place = f"{self.where or 'one layer'}, in {what}"
+        return PeerLost(
+            f"EP rank {self.rank} of {self.size} gave up at {place}, after at most watchdog_s="
+            f"{self.watchdog_s:g}. {self._blame(place)}. See the other ranks' logs, and restart the engine ({error})",
+            param="watchdog_s",
+        )
 
     def what_differs(self) -> str:
         """What other ranks that gave up hold that this one, which gives up too, does not; '' if nothing is known."""
@@ -340,6 +413,18 @@ def _verdict(told: Mapping[int, Mapping[str, Any]], size: int, rank: int) -> str
     waiting = {other: it["place"] for other, it in told.items() if it["place"] != mine["place"]}
     said += [f"rank {other} waited at {place}" for other, place in sorted(waiting.items())]
     return "; ".join(said) or "All ranks wait at the same place: the network between them is down or too slow"
+
+
+def _from_the_root(transfers: Sequence[Transfer]) -> list[Transfer]:
+    """The same transfers with no rank between: from whoever has the expert before the first of them."""
+    roots: dict[int, int] = {}
+    return [hop._replace(src_rank=roots.setdefault(hop.expert, hop.src_rank), round=0) for hop in transfers]
+
+
+def _offer(hop: _Hop) -> torch.Tensor:
+    """[tensors, 2] int64: where each of an expert's tensors is in this process, and its bytes."""
+    stretches = [bytes_of_expert(tensor, hop.row) for tensor in hop.bank.values()]
+    return torch.tensor([(stretch.data_ptr(), len(stretch)) for stretch in stretches], dtype=torch.int64)
 
 
 def _bytes_of_rows(rows: torch.Tensor) -> torch.Tensor:

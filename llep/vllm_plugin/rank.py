@@ -119,6 +119,7 @@ class Rank:
         warm_up()  # compiles the planners on a machine's first start, and takes them from the cache afterwards
         group = get_ep_group()
         self._transport = Transport(group.ranks, group.device, settings.watchdog_s)
+        logger.info("llep: weights are lent by %s", self._transport.lends_by)
         self._replicas = Replicas(self._transport)
         self._machines = self._machine_of_ranks()
         self._ranks_per_node = ranks_per_node(self._machines)

@@ -31,9 +31,15 @@ RunRanks = Callable[..., list[Any]]
 
 
 def make_layer(
-    rank: int, size: int, num_experts: int, home_rank: tuple[int, ...], slots: int, workspace: Workspace = LARGE
+    rank: int,
+    size: int,
+    num_experts: int,
+    home_rank: tuple[int, ...],
+    slots: int,
+    workspace: Workspace = LARGE,
+    may_read: bool = True,
 ) -> LeastLoadedMoE:
-    transport = Transport(range(size), torch.device("cpu"), watchdog_s=30)
+    transport = Transport(range(size), torch.device("cpu"), watchdog_s=30, may_read=may_read)
     return make_layer_on(transport, home_rank, slots, workspace)
 
 
@@ -141,10 +147,10 @@ def test_batches_beyond_the_workspace_are_computed_in_parts(
     assert all(digests == results[0][1] for _, digests in results)
 
 
-def fanned_out(rank: int, size: int) -> tuple[float, int]:
-    """One expert gets everything, so that every rank borrows it, by the plan's relay tree."""
+def fanned_out(rank: int, size: int, may_read: bool) -> tuple[float, int]:
+    """One expert gets everything, so that every rank borrows it, over gloo by the plan's relay tree."""
     home_rank = Placement.linear(size, size, 2).home_rank
-    layer = make_layer(rank, size, size, home_rank, slots=1)
+    layer = make_layer(rank, size, size, home_rank, slots=1, may_read=may_read)
     settings = Settings(min_chunk_tokens=1, imbalance_threshold=1.05)
     rounds, worst = 0, 0.0
     for step in range(3):
@@ -159,10 +165,11 @@ def fanned_out(rank: int, size: int) -> tuple[float, int]:
     return worst, rounds
 
 
-def test_weights_fan_out_by_the_relay_tree(run_ranks: RunRanks) -> None:
-    results = run_ranks(fanned_out, 6)
+@pytest.mark.parametrize("may_read", [False, True])
+def test_weights_fan_out_to_many_ranks(run_ranks: RunRanks, may_read: bool) -> None:
+    results = run_ranks(fanned_out, 6, may_read)
     assert max(worst for worst, _ in results) < 1e-5
-    assert all(rounds >= 2 for _, rounds in results), "nobody passed weights on"
+    assert all(rounds >= 2 for _, rounds in results), "the plan has nobody pass weights on"
 
 
 BAD_BATCHES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]] = {
@@ -260,10 +267,10 @@ def test_as_many_steps_are_sampled_as_the_ratio_says() -> None:
         assert abs(sum(is_sampled(step, ratio) for step in range(1000)) - 1000 * ratio) <= 1
 
 
-def hurt(rank: int, size: int, where: str, fault: str, calls: int = 3) -> str:
+def hurt(rank: int, size: int, where: str, fault: str, calls: int = 3, may_read: bool = True) -> str:
     """The last rank dies or stalls once it has come to `where` so many times; what another rank said."""
     home_rank = Placement.linear(8, size, 2).home_rank
-    layer = make_layer(rank, size, 8, home_rank, slots=2)
+    layer = make_layer(rank, size, 8, home_rank, slots=2, may_read=may_read)
     layer.transport.watchdog_s = 3
     counter = itertools.count()
     if rank == size - 1:
@@ -290,10 +297,12 @@ def hurt(rank: int, size: int, where: str, fault: str, calls: int = 3) -> str:
     return "went on"
 
 
-@pytest.mark.parametrize("where", ["gather", "start_lends", "exchange"])
+@pytest.mark.parametrize(
+    ("where", "may_read"), [("gather", True), ("start_lends", True), ("start_lends", False), ("exchange", True)]
+)
 @pytest.mark.parametrize("fault", ["kill", "stall"])
-def test_a_rank_that_dies_or_stalls_ends_the_others_and_is_named(where: str, fault: str) -> None:
-    said = start_ranks(hurt, 3, where, fault, lost=(2,))
+def test_a_rank_that_dies_or_stalls_ends_the_others_and_is_named(where: str, may_read: bool, fault: str) -> None:
+    said = start_ranks(hurt, 3, where, fault, 3, may_read, lost=(2,))
     for rank, message in enumerate(said[:2]):
         assert f"EP rank {rank} of 3 gave up at step" in message and "layer 0, in " in message
         assert "EP rank 2 stopped or stalled" in message, message

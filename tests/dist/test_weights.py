@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from llep.errors import UnsupportedConfiguration
+from llep.errors import LlepError, UnsupportedConfiguration
+from llep.moe import neighbours
 from llep.moe.layer import BadWeights, LeastLoadedMoE
-from llep.moe.slots import LendingPool, bytes_of_expert, bytes_per_expert, is_lendable, span
+from llep.moe.slots import Copy, LendingPool, bytes_of_expert, bytes_per_expert, is_lendable, span
 from llep.moe.swiglu import SwigluExperts
 from llep.moe.transport import Transport
 from llep.moe.workspace import Workspace
@@ -49,13 +51,15 @@ def random_weights(layouts: Layouts, experts: int, seed: int) -> dict[str, torch
     return weights
 
 
-def lent_bytes(rank: int, size: int, layouts: dict[str, Layouts], halves: int, is_batched: bool = False) -> int:
+def lent_bytes(rank: int, size: int, layouts: dict[str, Layouts], halves: int, way: str) -> int:
     """Every rank lends its second expert to all others, first by way of other ranks; how many lends were compared.
 
-    is_batched: as over NCCL, which is not to be had here, but without the order that its stream keeps.
+    way: reading, gloo, or batched: as over NCCL, which is not to be had here, but without the order that its stream
+    keeps.
     """
-    transport = Transport(range(size), torch.device("cpu"), watchdog_s=60)
-    if is_batched:
+    transport = Transport(range(size), torch.device("cpu"), watchdog_s=60, may_read=way == "reading")
+    assert transport.lends_by == ("reading" if way == "reading" else "gloo")
+    if way == "batched":
         transport._start_each = transport._start_batches  # type: ignore[method-assign]
     home_rank, local_ids = tuple(e // 2 for e in range(2 * size)), tuple(e % 2 for e in range(2 * size))
     placement = Placement(home_rank, (size,) * size)
@@ -81,10 +85,56 @@ def lent_bytes(rank: int, size: int, layouts: dict[str, Layouts], halves: int, i
     return compared
 
 
-@pytest.mark.parametrize(("size", "halves", "is_batched"), [(2, 1, False), (6, 2, False), (3, 2, True)])
-def test_lends_arrive_byte_for_byte(run_ranks: RunRanks, size: int, halves: int, is_batched: bool) -> None:
-    """Six ranks: from four receivers on, weights are passed on."""
-    assert run_ranks(lent_bytes, size, LAYOUTS, halves, is_batched) == [len(LAYOUTS) * (size - 1)] * size
+@pytest.mark.parametrize(
+    ("size", "halves", "way"),
+    [(2, 1, "gloo"), (6, 2, "gloo"), (3, 2, "batched"), (2, 1, "reading"), (6, 2, "reading")],
+)
+def test_lends_arrive_byte_for_byte(run_ranks: RunRanks, size: int, halves: int, way: str) -> None:
+    """Six ranks over gloo: from four receivers on, weights are passed on."""
+    assert run_ranks(lent_bytes, size, LAYOUTS, halves, way) == [len(LAYOUTS) * (size - 1)] * size
+
+
+def read_late(rank: int, size: int) -> tuple[str, bool]:
+    """Rank 0 lends to rank 1, which comes to reading late, and changes its weights as soon as its wait is over.
+
+    (how the ranks lend, whether rank 1 has what was lent).
+    """
+    transport = Transport(range(size), torch.device("cpu"), watchdog_s=30)
+    weights, room = {"w": torch.ones(2, 1000)}, {"w": torch.zeros(1, 1000)}
+    if rank == 1:
+        read = neighbours.read
+        neighbours.read = lambda *arguments: (time.sleep(1.0), read(*arguments))[1]  # type: ignore[func-returns-value]
+    transport.start_copies([Copy(0, 0, 0, 1, 0)], weights, [1], room).wait()
+    weights["w"].fill_(5)
+    return transport.lends_by, bool((room["w"] == rank).all())
+
+
+def test_who_lends_by_memory_waits_until_it_is_read(run_ranks: RunRanks) -> None:
+    assert run_ranks(read_late, 2) == [("reading", True)] * 2
+
+
+def lends_by(rank: int, size: int) -> str:
+    return Transport(range(size), torch.device("cpu"), may_read=rank != 1).lends_by
+
+
+def test_nobody_reads_memory_where_one_rank_may_not(run_ranks: RunRanks) -> None:
+    assert run_ranks(lends_by, 3) == ["gloo"] * 3
+
+
+def misfit(rank: int, size: int) -> str:
+    """What a rank says that has room for another number of bytes than it is offered."""
+    transport = Transport(range(size), torch.device("cpu"), watchdog_s=2)
+    try:
+        transport.start_copies([Copy(0, 0, 0, 1, 0)], {"w": torch.ones(1, 8)}, [0], {"w": torch.zeros(1, 9)}).wait()
+    except LlepError as error:
+        return f"{error.code}: {error.message}"
+    return ""
+
+
+def test_weights_of_another_size_are_not_read(run_ranks: RunRanks) -> None:
+    lender, borrower = run_ranks(misfit, 2)
+    assert borrower.startswith("ranks_disagree: EP rank 0 lends w of expert 0 as 32 bytes, EP rank 1 has room for 36")
+    assert lender.startswith("peer_lost"), "a lender that is told nothing gives up"
 
 
 def test_a_pool_has_the_layout_of_the_weights_and_halves_count() -> None:
