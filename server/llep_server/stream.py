@@ -21,7 +21,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llep.errors import LlepError
-from llep.views import EngineLoads
 from llep_server.connections import ENDLESS
 from llep_server.errors import TooManyStreams
 from llep_server.scheduler import Scheduler
@@ -41,26 +40,26 @@ RETRY_MS = 2000
 
 @dataclass(slots=True)
 class Moment:
-    """What happened in one second. Texts are made once for all who want the same."""
+    """What happened in one second. Kept as text: views would take many times the memory, KEPT_EVENTS times over."""
 
     number: int
     name: str
     time_s: float
-    loads: list[EngineLoads] = field(default_factory=list)
+    loads: dict[str, str] = field(default_factory=dict)  # engine -> its EngineLoads as JSON
     problem: dict[str, Any] | None = None
     _texts: dict[str | None, bytes] = field(default_factory=dict)
 
     def text(self, engine: str | None) -> bytes:
-        """The event as it is sent, of one engine or all."""
+        """The event as it is sent, of one engine or all; made once for all who want the same."""
         if engine not in self._texts:
-            self._texts[engine] = _event("problem" if self.problem else "loads", self.name, self._data(engine))
+            self._texts[engine] = self._text(engine)
         return self._texts[engine]
 
-    def _data(self, engine: str | None) -> dict[str, Any]:
+    def _text(self, engine: str | None) -> bytes:
         if self.problem is not None:
-            return {"time_s": self.time_s, "error": self.problem}
-        chosen = [loads.model_dump(mode="json") for loads in self.loads if engine in (None, loads.engine)]
-        return {"time_s": self.time_s, "loads": chosen}
+            return _event("problem", self.name, json.dumps({"time_s": self.time_s, "error": self.problem}))
+        chosen = [loads for name, loads in self.loads.items() if engine in (None, name)]
+        return _event("loads", self.name, f'{{"time_s":{self.time_s},"loads":[{",".join(chosen)}]}}')
 
 
 class Broadcast:
@@ -111,7 +110,9 @@ class Broadcast:
         oldest = self._moments[0].number if self._moments else self._number + 1
         if run == self._run and number.isascii() and number.isdecimal() and oldest - 1 <= int(number) <= self._number:
             return int(number), b""
-        return newest, _event("missed", None, {"last_event_id": last_event_id, "kept_s": KEPT_EVENTS * EVERY_S})
+        return newest, _event(
+            "missed", None, json.dumps({"last_event_id": last_event_id, "kept_s": KEPT_EVENTS * EVERY_S})
+        )
 
     async def after(self, number: int, timeout_s: float) -> list[Moment] | None:
         """Moments after that number, none if the time is over; None if some were dropped that come in between."""
@@ -125,10 +126,10 @@ class Broadcast:
     async def _make(self) -> None:
         while self.listeners or time.monotonic() - self._heard_s < GO_ON_S:
             started_s = time.monotonic()
-            loads: list[EngineLoads] = []
+            loads: dict[str, str] = {}
             problem = None
             try:
-                loads = await self._scheduler.loads(WINDOW_S, None)
+                loads = {each.engine: each.model_dump_json() for each in await self._scheduler.loads(WINDOW_S, None)}
             except LlepError as error:
                 problem = {"message": error.message, "code": error.code}
             self._number += 1
@@ -185,6 +186,6 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-def _event(kind: str, name: str | None, data: dict[str, Any]) -> bytes:
+def _event(kind: str, name: str | None, data: str) -> bytes:
     head = f"id: {name}\n" if name else ""
-    return f"{head}event: {kind}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
+    return f"{head}event: {kind}\ndata: {data}\n\n".encode()
