@@ -245,7 +245,7 @@ LAYERS = Row(
         Panel(
             kind=Kind.BARGAUGE,
             title="Hottest experts",
-            description="Load / fair load of the ten hottest experts over all layers in the last minute or two. One "
+            description="Load / fair load of the ten hottest experts over all layers in the last minute. One "
             "that has more than a whole rank's fair share (num_experts / ep_size) must be split over ranks.",
             queries=[Query(newest("llep_hot_expert_load_ratio", "engine, place"), "{{engine}} place {{place}}", True)],
             steps=((None, "green"), (4, "orange"), (16, "red")),
