@@ -191,7 +191,7 @@ def _buckets(found: list[Series]) -> list[Series]:
 
 def _table(panel: dict[str, Any], found: list[Series], width: float, height: float) -> Iterator[str]:
     """A matrix: names are a row's and a column's, as in the labels."""
-    values = {tuple(name.split(" ", 1)): row[-1][1] for name, row in found}
+    values = {name.partition(" ")[::2]: row[-1][1] for name, row in found}
     lines, columns = (sorted({key[place] for key in values}, key=_by_number) for place in (0, 1))
     wide, tall = (width - 30) / len(columns), min(22.0, (height - 14) / len(lines))
     for across, column in enumerate(columns):
