@@ -131,7 +131,7 @@ def _watcher(
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     (folder / "rules.yaml").write_text(yaml.safe_dump(rules()))
-    (folder / "prometheus.yaml").write_text(yaml.safe_dump(_config(server, key_file, api)))
+    (folder / "prometheus.yaml").write_text(yaml.safe_dump(prometheus_config(server, key_file, api)))
     command = [program, f"--config.file={folder / 'prometheus.yaml'}", f"--storage.tsdb.path={folder / 'data'}"]
     log = folder / "prometheus.log"
     child = Child("Prometheus", [*command, f"--web.listen-address=127.0.0.1:{port}"], os.environ, log)
@@ -154,7 +154,8 @@ def _is_ready(url: str) -> bool:
         return False
 
 
-def _config(server: str, key_file: Path | None, api: str) -> dict[str, Any]:
+def prometheus_config(server: str, key_file: Path | None, api: str) -> dict[str, Any]:
+    """What Prometheus scrapes, and how often."""
     control_plane: dict[str, Any] = _scrape("llep", server)
     if key_file is not None:
         control_plane["authorization"] = {"credentials_file": str(key_file.expanduser().absolute())}

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+from llep.cli.dashboard import prometheus_config
 from llep.cli.with_ray import PORT
 from llep.config import Settings, load_settings
+from llep.monitoring.rules import rules
 from llep_server.config import DEFAULT_PORT, ServerConfig
 from tests.ops.tools import tool
 
@@ -153,6 +155,19 @@ def test_prometheus_takes_its_configuration(tmp_path: Path, name: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 rule files found" in done.stdout
+
+
+def test_prometheus_takes_what_llep_dashboard_writes(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("0123456789abcdef0\n")
+    config = prometheus_config("https://control.example", tmp_path / "key", "http://127.0.0.1:8000")
+    (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules()))
+    command = [tool("promtool"), "check", "config", tmp_path / "prometheus.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0 and "1 rule files found" in done.stdout, done.stdout + done.stderr
+    llep, vllm = config["scrape_configs"]
+    assert llep["static_configs"] == [{"targets": ["control.example:443"]}] and llep["scheme"] == "https"
+    assert vllm["static_configs"] == [{"targets": ["127.0.0.1:8000"]}] and "authorization" not in vllm
 
 
 def test_prometheus_scrapes_services_where_they_listen() -> None:
