@@ -166,7 +166,7 @@ def serve_control_plane(path: str) -> None:
     os.sched_setaffinity(0, {0})
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         print(listener.getsockname()[1], flush=True)
-        app = create_app(ServerConfig(), Caller(path))
+        app = create_app(ServerConfig(state_dir=Path(path).parent), Caller(path))
         settle()
         uvicorn.Server(uvicorn.Config(app, **UVICORN_OPTIONS)).run(sockets=[listener])
 

@@ -37,13 +37,14 @@ def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
     assert carrier is not None
     scheduler = Scheduler(carrier)
     tracing = from_env(os.environ)
-    broadcast, simulator, operations = Broadcast(scheduler), Simulator(scheduler), Operations(scheduler)
-    exposition = Exposition(scheduler)
+    broadcast, simulator, exposition = Broadcast(scheduler), Simulator(scheduler), Exposition(scheduler)
+    operations = Operations(scheduler, config.state_dir)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with client or nullcontext(), sending(exposition, carrier) if config.ray_metrics else nullcontext():
             following = asyncio.create_task(tracing.follow(scheduler)) if tracing else None
+            operations.open()
             yield
             if tracing and following:
                 following.cancel()

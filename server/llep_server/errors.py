@@ -137,6 +137,12 @@ class TookTooLong(LlepError):
     code = "took_too_long"
 
 
+class Interrupted(LlepError):
+    """The control plane ended before what it was doing did."""
+
+    code = "interrupted"
+
+
 class NotReady(LlepError):
     """Some part that readiness needs is missing."""
 
@@ -173,6 +179,7 @@ STATUS_BY_ERROR: dict[type[LlepError], int] = {
     StoreUnavailable: 503,
     Busy: 503,
     TooManyStreams: 503,
+    Interrupted: 503,
     NotReady: 503,
     TookTooLong: 504,
 }

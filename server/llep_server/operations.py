@@ -1,18 +1,21 @@
-"""Long jobs as resources: a bounded number is kept, one runs at a time."""
+"""Long jobs as resources: a bounded number is kept, also over restarts; one runs at a time."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
+import shutil
 import tempfile
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Literal
 
-from llep.errors import LlepError
-from llep_server.errors import TYPE_BY_STATUS, Busy, ErrorDetail, UnknownOperation, status_of
+from llep.errors import LlepError, StoreUnavailable
+from llep_server.errors import TYPE_BY_STATUS, Busy, ErrorDetail, Interrupted, UnknownOperation, status_of
+from llep_server.operation_store import OperationStore
 from llep_server.recordings import data_bytes, fetch
 from llep_server.scheduler import Scheduler
 from llep_server.schemas import Operation, TuningOrder
@@ -27,16 +30,28 @@ MOST_KEPT = 50
 
 
 class Operations:
-    """Those that wait, run, or ended lately."""
+    """Those that wait, run, or ended lately. What is on disk is what was when each began, and when it ended."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, state_dir: Path) -> None:
         self._scheduler = scheduler
         self._worker = Worker(MOST_WAITING + 1)
+        self._store = OperationStore(state_dir)
+        self._writer = ThreadPoolExecutor(1, "operations")  # one after the other, and the event loop never waits
+        self._turn = asyncio.Lock()
         self._kept: dict[str, Operation] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._is_closing = False
+
+    def open(self) -> None:
+        """Take over from the control plane before this one; what it did not bring to an end has failed."""
+        for operation in self._store.open():
+            self._keep(operation)
+            if operation.ended_s is None:
+                shutil.rmtree(_folder_of(operation), ignore_errors=True)
+                self._end(operation, "failed", _interrupted())
 
     async def start_tuning(self, order: TuningOrder, author: str) -> Operation:
-        """Raises UnknownRecording, RecordingConflict, SettingsError, Busy."""
+        """Raises UnknownRecording, RecordingConflict, SettingsError, Busy, StoreUnavailable."""
         check_cost_model(order.cost_model)
         check_settings(order.base, "base")
         data_bytes(await self._scheduler.recording(order.recording))
@@ -52,9 +67,13 @@ class Operations:
             created_s=time.time(),
         )
         self._keep(operation)
-        task = asyncio.create_task(self._run(operation, order))
-        self._tasks[operation.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(operation.id, None))
+        self._tasks[operation.id] = asyncio.create_task(self._run(operation, order))
+        try:
+            await asyncio.wrap_future(self._writer.submit(self._store.put, operation))
+        except StoreUnavailable:
+            await self._cancel(operation.id)
+            self._forget(operation.id)
+            raise
         return operation
 
     def all(self) -> list[Operation]:
@@ -69,47 +88,94 @@ class Operations:
     async def delete(self, id: str) -> Operation:
         """Cancel it, or forget it if it has ended."""
         operation = self.get(id)
-        task = self._tasks.get(id)
-        if task is None:
-            return self._kept.pop(id)
-        task.cancel()
-        await asyncio.wait([task])
+        if id in self._tasks:
+            await self._cancel(id)
+        else:
+            self._forget(id)
         return operation
 
     async def close(self) -> None:
-        for task in list(self._tasks.values()):
+        self._is_closing = True
+        tasks = list(self._tasks.values())
+        for task in tasks:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._worker.close()
+        await asyncio.to_thread(self._writer.shutdown)
+        self._store.close()
+
+    async def _cancel(self, id: str) -> None:
+        task = self._tasks[id]
+        task.cancel()
+        await asyncio.wait([task])
 
     def _keep(self, operation: Operation) -> None:
         self._kept[operation.id] = operation
         ended = [id for id in self._kept if id not in self._tasks and id != operation.id]
         for id in ended[: max(len(self._kept) - MOST_KEPT, 0)]:
-            del self._kept[id]
+            self._forget(id)
+
+    def _forget(self, id: str) -> None:
+        del self._kept[id]
+        self._writer.submit(self._store.drop, id)
 
     async def _run(self, operation: Operation, order: TuningOrder) -> None:
+        try:
+            async with self._turn:
+                operation.state, operation.started_s = "running", time.time()
+                operation.result = await self._tuned(operation, order)
+            self._end(operation, "done")
+        except asyncio.CancelledError:
+            if self._is_closing:
+                self._end(operation, "failed", _interrupted())
+            else:
+                self._end(operation, "cancelled")
+        except LlepError as error:
+            self._end(operation, "failed", error)
+        except Exception as error:
+            logger.exception("operation %s", operation.id)
+            self._end(operation, "failed", LlepError(f"{type(error).__name__}: the control plane's log says more"))
+
+    async def _tuned(self, operation: Operation, order: TuningOrder) -> dict[str, Any]:
         def on_progress(ratio: float) -> None:
             operation.progress_ratio = ratio
-            if operation.state == "waiting":
-                operation.state, operation.started_s = "running", time.time()
 
+        folder = _folder_of(operation)
         try:
-            with tempfile.TemporaryDirectory(prefix="llep-tuning-") as folder:
-                await fetch(self._scheduler, order.recording, Path(folder))
-                arguments = {**order.model_dump(exclude={"recording"}), "folder": folder}
-                job = json.dumps(arguments).encode()
-                operation.result = await self._worker.do("tuning", job, TIMEOUT_S, on_progress)
-            operation.state, operation.progress_ratio = "done", 1.0
-        except asyncio.CancelledError:
-            operation.state = "cancelled"
-            raise
-        except LlepError as error:
-            operation.state, operation.error = "failed", _detail(error)
+            folder.mkdir(mode=0o700)
+            await fetch(self._scheduler, order.recording, folder)
+            arguments = {**order.model_dump(exclude={"recording"}), "folder": str(folder)}
+            return await self._worker.do("tuning", json.dumps(arguments).encode(), TIMEOUT_S, on_progress)
+        except OSError as error:
+            raise StoreUnavailable(f"{folder} can't be made: {error.strerror}") from None
         finally:
-            operation.ended_s = time.time()
-            logger.info("operation %s of %s: %s", operation.id, operation.author, operation.state)
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    def _end(
+        self, operation: Operation, state: Literal["done", "failed", "cancelled"], error: LlepError | None = None
+    ) -> None:
+        self._tasks.pop(operation.id, None)
+        operation.state, operation.ended_s = state, time.time()
+        operation.error = _detail(error) if error else None
+        if state == "done":
+            operation.progress_ratio = 1.0
+        self._writer.submit(self._put_end, operation)
+        logger.info("operation %s of %s: %s", operation.id, operation.author, state)
+
+    def _put_end(self, operation: Operation) -> None:
+        try:
+            self._store.put(operation)
+        except StoreUnavailable as error:  # nobody waits for it, and it is in memory
+            logger.warning("operation %s has ended, which a restart will not know: %s", operation.id, error.message)
+
+
+def _folder_of(operation: Operation) -> Path:
+    """For a copy of what it works on."""
+    return Path(tempfile.gettempdir()) / f"llep-{operation.kind}-{operation.id}"
+
+
+def _interrupted() -> LlepError:
+    return Interrupted("the control plane was restarted while this ran: start it again")
 
 
 def _detail(error: LlepError) -> ErrorDetail:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from playwright.sync_api import Route, expect
+from recorded import recorded
 from reporting import Engine
 from running import Running
-from test_recordings import recorded
 
 from .browsing import Traffic, Visit
 

@@ -7,7 +7,7 @@ import concurrent.futures
 import threading
 import time
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +56,10 @@ class Running:
         future: concurrent.futures.Future[T] = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         return future.result(timeout=30)
 
+    def call(self, method: str, **arguments: Any) -> Any:
+        """Ask the scheduler, as an agent does."""
+        return self.await_(self.caller.call(method, **arguments))
+
     def report(self, engine: Engine) -> list[str]:
         """Hand in what every rank says, take the directive if there is one; why reports were refused."""
         reports = [encode(report) for report in engine.reports()]
@@ -78,7 +82,7 @@ class _Server(uvicorn.Server):
 
 def start(config: ServerConfig, state_dir: Path) -> Iterator[Running]:
     caller = InProcess(state_dir)
-    app = create_app(config, caller)
+    app = create_app(replace(config, state_dir=state_dir), caller)
     server = _Server(uvicorn.Config(app, host=config.host, port=0, **UVICORN_OPTIONS))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -4,56 +4,17 @@ from __future__ import annotations
 
 import io
 import tarfile
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from recorded import SHAPE, recorded
 from reporting import Engine
 from running import Running
 from test_http import error_of
 
-from llep.generate import Workload, generate_steps
-from llep.shapes import ModelShape
-from llep.traces import Trace, TraceWriter
-from llep_server import operations, recordings
+from llep.traces import Trace
+from llep_server import recordings
 from llep_server.recordings import Part, parse_range, unpack
-
-SHAPE = ModelShape(
-    name="tiny", layer_numbers=(1, 2, 5), num_experts=16, top_k=4, hidden_size=64, intermediate_size=64,
-    bytes_per_expert=3_000_000,
-)  # fmt: skip
-
-
-def recorded(running: Running, folder: Path, steps: int = 40) -> str:
-    """Id of a recording that has been ordered over HTTP, and told by the engine's agent."""
-    running.report(Engine())
-    ordered = running.http.post("/v1/recordings", json={"duration_s": 60, "reason": "to see"})
-    assert ordered.status_code == 201, ordered.text
-    id = str(ordered.json()["id"])
-    assert ordered.headers["Location"] == f"/v1/recordings/{id}" and ordered.json()["state"] == "ordered"
-    workload = generate_steps(
-        Workload.parse("zipf:ratio=1.7"), SHAPE, num_ranks=2, tokens_per_rank=4096, steps=steps, seed=1
-    )
-    with TraceWriter(folder, SHAPE, 2) as writer:
-        for step in workload:
-            writer.append(step)
-    scheduler = running.caller.scheduler
-    running.await_(scheduler.recording_begun("tiny", id))
-    for part in sorted(folder.glob("*.parquet")):
-        running.await_(scheduler.recording_part("tiny", id, part.name, 0, part.read_bytes(), True))
-    running.await_(scheduler.recording_end("tiny", id, steps, ""))
-    return id
-
-
-def ended(running: Running, id: str, timeout_s: float = 120) -> dict[str, Any]:
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        operation: dict[str, Any] = running.http.get(f"/v1/operations/{id}").json()
-        if operation["state"] not in ("waiting", "running"):
-            return operation
-        assert time.monotonic() < deadline_s, operation
-        time.sleep(0.1)
 
 
 def test_a_recording_from_order_to_deletion(running: Running, tmp_path: Path) -> None:
@@ -172,58 +133,3 @@ def test_replay_of_a_recording(running: Running, tmp_path: Path) -> None:
         error = error_of(refused, 422, "invalid_setting")
         assert param is None or error["param"] == param
     error_of(running.http.post("/v1/plans/simulate", json={**body, "recording": "x"}), 404, "unknown_recording")
-
-
-def test_tuning_ranks_settings_and_names_the_patch(running: Running, tmp_path: Path) -> None:
-    id = recorded(running, tmp_path / "made")
-    started = running.http.post("/v1/tuning", json={"recording": id, "base": {"min_chunk_tokens": 65536}})
-    assert started.status_code == 202
-    operation = ended(running, started.headers["Location"].rpartition("/")[2])
-    assert operation["state"] == "done", operation
-    assert operation["progress_ratio"] == 1.0 and operation["author"] == "anonymous@127.0.0.1"
-    result = operation["result"]
-    seconds = [case["seconds_per_step"] for case in result["cases"]]
-    assert seconds == sorted(seconds)
-    if result["patch"]:  # what it proposes is taken
-        assert running.http.patch("/v1/settings", json=result["patch"]).status_code == 200
-    (listed,) = running.http.get("/v1/operations").json()["data"]
-    assert listed["id"] == operation["id"] and listed["result"] is None
-    assert running.http.delete(f"/v1/operations/{operation['id']}").status_code == 200
-    error_of(running.http.get(f"/v1/operations/{operation['id']}"), 404, "unknown_operation")
-
-
-def test_an_operation_is_cancelled_and_the_next_one_runs(running: Running, tmp_path: Path) -> None:
-    id = recorded(running, tmp_path / "made", steps=400)
-    first, second = (running.http.post("/v1/tuning", json={"recording": id}).json()["id"] for _ in range(2))
-    cancelled = running.http.delete(f"/v1/operations/{first}").json()
-    assert cancelled["state"] == "cancelled"
-    assert ended(running, second)["state"] == "done"
-
-
-def test_operations_are_bounded(running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    id = recorded(running, tmp_path / "made", steps=400)
-    monkeypatch.setattr(operations, "MOST_WAITING", 1)
-    monkeypatch.setattr(operations, "MOST_KEPT", 2)
-    answers = [running.http.post("/v1/tuning", json={"recording": id}) for _ in range(3)]
-    assert [answer.status_code for answer in answers[:2]] == [202, 202]
-    error_of(answers[2], 503, "busy")
-    for answer in answers[:2]:
-        running.http.delete(f"/v1/operations/{answer.json()['id']}")
-    third = running.http.post("/v1/tuning", json={"recording": id}).json()["id"]
-    kept = [operation["id"] for operation in running.http.get("/v1/operations").json()["data"]]
-    assert len(kept) == 2 and kept[0] == third
-    running.http.delete(f"/v1/operations/{third}")
-
-
-@pytest.mark.parametrize(
-    ("body", "code"),
-    [
-        ({"base": {"mode": "on"}}, "invalid_setting"),
-        ({"base": {"cost_model": "/etc/passwd"}}, "invalid_setting"),
-        ({"cost_model": "/etc/passwd"}, "invalid_setting"),
-        ({"ranks": 0}, "invalid_request"),
-        ({"colour": 1}, "invalid_request"),
-    ],
-)
-def test_bad_tuning(unchanged: Running, body: dict[str, Any], code: str) -> None:
-    error_of(unchanged.http.post("/v1/tuning", json={"recording": "x", **body}), 422, code)
