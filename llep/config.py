@@ -24,6 +24,8 @@ NOT_SETTINGS = frozenset(
         "RECORD_FROM_START",
     }
 )
+# Settings that tuning tries over a recording.
+SWEPT = ("planner", "imbalance_threshold", "min_chunk_tokens", "capacity_factor", "min_batch_tokens", "phases")
 
 
 class Mode(StrEnum):

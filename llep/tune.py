@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from llep.config import Phases, Planner, Settings
+from llep.config import SWEPT, Phases, Planner, Settings
 from llep.planning import PlanOptions
 from llep.shapes import ModelShape, StepCounts
 from llep.simulate import Setup, simulate
@@ -29,7 +29,6 @@ CANDIDATES: Mapping[str, tuple[Any, ...]] = {
     "capacity_factor": (1.0, 1.1, 1.25),
     "slots_per_rank": (8, 4, 2, 1),
 }
-SWEPT = ("planner", "phases", "min_batch_tokens", *(key for key in CANDIDATES if key != "slots_per_rank"))
 MOST_CASES = 4 + sum(len(values) + 1 for values in CANDIDATES.values())  # as it is, by planner, proposed; these
 
 

@@ -4,60 +4,41 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
-import statistics
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
+import httpx
 import typer
 
+from llep.cli.bench_verdict import MEASURES, Run, counted_between, counters, order, summary
+from llep.cli.control import parse_duration
 from llep.cli.http import DEFAULT_SERVER, ControlPlane, EngineOption, KeyFileOption, OutputOption, ServerOption
 from llep.cli.output import ExitCode, Format, fail, show
+from llep.cli.preflight import VllmFlags
 from llep.cli.progress import progress
+from llep.cli.supervise import end_with_parent
 from llep.config import Mode
 from llep.errors import LlepError, SettingsError
 
 Row = dict[str, Any]
 
-# What is compared, and whether more of it is better.
-MEASURES = {
-    "total_token_throughput": True,
-    "output_throughput": True,
-    "request_throughput": True,
-    "mean_ttft_ms": False,
-    "p99_ttft_ms": False,
-    "mean_tpot_ms": False,
-    "mean_itl_ms": False,
-    "p99_itl_ms": False,
-    "duration": False,
-}
-COUNTERS = {
-    "lends": "llep_lends_total",
-    "lend_bytes": "llep_lend_bytes_total",
-    "layer_seconds": "llep_layer_seconds_total",
-}
-SAMPLE = re.compile(r"^(llep_\w+)\{(.*)\} ([-+.\deE]+|NaN)$", re.MULTILINE)
-TTL_S = 3600.0  # a bench that is killed leaves a mode that goes back by itself
-REPORTS_WITHIN = 2.5  # report intervals until the counters hold all of a run
-LEAST_GAIN = 0.01
-SURE_RATIO = 0.8  # of the pairs that must agree
 MOST_PAIRS = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One `vllm bench serve`: what it measured, and what llep counted meanwhile."""
-
-    mode: str
-    measured: dict[str, float]
-    counted: dict[str, float]
+NUM_PROMPTS = 50  # vLLM's own default, 1000, takes hours on CPUs
+REPORTS_WITHIN = 2.5  # report intervals until the counters hold all of a run
+TTL_MARGIN_S = 120.0  # a bench that is killed leaves a mode that goes back by itself this long after its run's limit
+BACK_WITHIN_S = 15.0
+API_WITHIN_S = 10.0
+LOOK_EVERY_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,32 +63,38 @@ def bench(
     pairs: Annotated[int, typer.Option(min=1, max=MOST_PAIRS, help="How often each mode is measured.")] = 5,
     off: Annotated[Mode, typer.Option("--off", help="The mode to compare with: off, observe or shadow.")] = Mode.OFF,
     measure: Annotated[
-        str, typer.Option(help=f"What decides whether it pays: {', '.join(MEASURES)}.")
-    ] = "total_token_throughput",
+        str | None,
+        typer.Option(
+            help=f"What decides whether it pays: {', '.join(MEASURES)}.",
+            show_default="total_token_throughput; mean_ttft_ms with a --request-rate",
+        ),
+    ] = None,
+    run_timeout: Annotated[str, typer.Option(help="Give up when one run takes longer, such as 90s or 1h.")] = "15m",
     check: Annotated[bool, typer.Option("--check", help="Exit code 4 unless it pays.")] = False,
 ) -> None:
     """Run `vllm bench serve` with lending off and on in turn; all after -- goes to it.
 
-    Example: llep bench --pairs 5 -- --model MODEL --dataset-name random --num-prompts 50. Each mode is warmed up once,
-    then measured in pairs whose order alternates; modes are switched live through the control plane, and go back
-    afterwards. Prints medians and spread, what llep counted, and whether it pays.
+    Example: llep bench --pairs 5 -- --num-prompts 50 --random-input-len 512. Each mode is warmed up once, then measured
+    in pairs whose order alternates; modes are switched live through the control plane, and go back afterwards. Prints
+    medians and spread, what llep counted, and whether it pays. Of vLLM's API elsewhere than at http://127.0.0.1:8000
+    say where: -- --base-url URL; where it wants a key, put it in OPENAI_API_KEY.
     """
+    flags = VllmFlags(context.args)
+    measure = measure or ("total_token_throughput" if _is_unlimited(flags) else "mean_ttft_ms")
     if measure not in MEASURES:
         raise SettingsError(f"--measure {measure} is not one of {', '.join(MEASURES)}", param="measure")
     if off is Mode.ACTIVE:
         raise SettingsError("--off active compares lending with itself: choose off, observe or shadow", param="off")
+    limit_s = parse_duration("--run-timeout", run_timeout)
     if importlib.util.find_spec("vllm") is None:
         raise LlepError("vllm is not installed here: run `llep bench` where it is, with --server for the control plane")
     modes = (off.value, Mode.ACTIVE.value)
-    runs: list[Run] = []
-    with ControlPlane(server, key_file) as control_plane, progress("bench") as report:
+    with ControlPlane(server, key_file) as control_plane:
         measured = _engine(control_plane, engine)
-        with _mode_goes_back(control_plane, measured):
-            for at, mode in enumerate(order(pairs, modes)):
-                report(f"mode {mode}, run", at + 1, 2 * pairs + 2)
-                run = _run(control_plane, measured, mode, context.args)
-                if at >= 2:  # the first of each mode warms up
-                    runs.append(run)
+        api = _api(flags)
+        arguments = [*context.args, *_left_out(flags, _served(api))]
+        _say(f"engine {measured.name}, API {api}, vllm bench serve {' '.join(arguments)}")
+        runs = _measure_all(control_plane, measured, order(pairs, modes), arguments, limit_s)
     found = summary(runs, modes, measure)
     _show(found, output)
     if found["failed_requests"]:
@@ -116,80 +103,31 @@ def bench(
         raise typer.Exit(fail(found["reason"], ExitCode.CHECK_FAILED))
 
 
-def order(pairs: int, modes: tuple[str, str]) -> list[str]:
-    """One run of each to warm up, then pairs whose order alternates, so that a drift of the machine cancels out."""
-    first, second = modes
-    return [first, second] + [mode for at in range(pairs) for mode in (modes if at % 2 == 0 else (second, first))]
+def _measure_all(
+    control_plane: ControlPlane, engine: Measured, modes: list[str], arguments: list[str], limit_s: float
+) -> list[Run]:
+    """One run after the other, without the first of each mode, which warms up."""
+    runs: list[Run] = []
+    pairs = len(modes) // 2 - 1
+    with _mode_goes_back(control_plane, engine), progress("bench") as report:
+        for at, mode in enumerate(modes):
+            name = f"{f'pair {at // 2} of {pairs}' if at > 1 else 'warm-up'}, {mode}"
 
+            def on_second(
+                seconds: float, at: int = at, name: str = name, report: Callable[[str, int, int], None] = report
+            ) -> None:
+                report(f"{name}, {seconds:.0f} s, run", at + 1, len(modes))
 
-def summary(runs: Sequence[Run], modes: tuple[str, str], measure: str) -> Row:
-    """Medians and spread of both modes, their ratio pair by pair, and the verdict on `measure`."""
-    before, after = ([run for run in runs if run.mode == mode] for mode in modes)
-    rows = [_compared(name, before, after) for name in MEASURES if all(name in run.measured for run in runs)]
-    deciding = next((row for row in rows if row["measure"] == measure), None)
-    if deciding is None:
-        raise LlepError(f"vllm bench serve did not measure {measure}: choose another --measure")
-    verdict, reason = judge(deciding, measure)
-    counted = {mode: _medians(of) for mode, of in zip(modes, (before, after), strict=True)}
-    return {
-        "verdict": verdict,
-        "reason": reason,
-        "measure": measure,
-        "pairs": len(before),
-        "modes": list(modes),
-        "failed_requests": int(sum(run.measured.get("failed", 0) for run in runs)),
-        "measures": rows,
-        "counted": counted,
-        "runs": [{"mode": run.mode, **run.measured, **run.counted} for run in runs],
-    }
-
-
-def judge(deciding: Row, measure: str) -> tuple[str, str]:
-    """(pays, no_difference or costs, why): the median gain counts if most pairs agree on its sign."""
-    gains: list[float] = deciding["gains"]
-    median = statistics.median(gains)
-    agree = sum(gain * median > 0 for gain in gains) / len(gains)
-    words = f"{measure} {'better' if median > 0 else 'worse'} by {abs(median):.1%} (pairs: {_spread(gains)})"
-    if abs(median) < LEAST_GAIN:
-        return "no_difference", f"{words}: within the noise"
-    if agree < SURE_RATIO:
-        return "no_difference", f"{words}: {agree:.0%} of the pairs agree, which is too few; measure more --pairs"
-    return ("pays" if median > 0 else "costs"), words
-
-
-def counters(text: str, engine: str) -> dict[str, float]:
-    """Of one engine, from the text of /metrics: sums over labels, and pairs by rank as routed and computed."""
-    found: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
-    routed: dict[str, float] = {}
-    computed: dict[str, float] = {}
-    for name, labels, value in SAMPLE.findall(text):
-        if f'engine="{engine}"' not in labels:
-            continue
-        rank = (re.search(r'ep_rank="(\d+)"', labels) or ["", ""])[1]
-        if name == "llep_rank_routed_tokens_total":
-            routed[rank] = float(value)
-        elif name == "llep_rank_computed_tokens_total":
-            computed[rank] = float(value)
-        for key, metric in COUNTERS.items():
-            if name == metric and 'direction="out"' not in labels:
-                found[key] += float(value)
-    return {
-        **found,
-        **{f"routed_{rank}": value for rank, value in routed.items()},
-        **{f"computed_{rank}": value for rank, value in computed.items()},
-    }
-
-
-def counted_between(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """What was counted meanwhile; the fullest rank against the mean, as plain EP would load it and as it was."""
-    spent = {key: value - before.get(key, 0.0) for key, value in after.items()}
-    result = {key: spent[key] for key in COUNTERS}
-    for kind in ("routed", "computed"):
-        of_ranks = [value for key, value in spent.items() if key.startswith(f"{kind}_")]
-        mean = sum(of_ranks) / len(of_ranks) if of_ranks else 0.0
-        if mean > 0:
-            result[f"{kind}_imbalance"] = max(of_ranks) / mean
-    return result
+            run = _run(control_plane, engine, mode, arguments, limit_s, on_second)
+            _say(f"{name}: {_in_short(run)}")
+            if mode == Mode.ACTIVE and not run.counted["tokens"]:
+                raise LlepError(
+                    f"engine {engine.name} counted none of these requests: name the API that is its own with "
+                    "-- --base-url URL, or the engine with --engine"
+                )
+            if at > 1:
+                runs.append(run)
+    return runs
 
 
 def _engine(control_plane: ControlPlane, wanted: str | None) -> Measured:
@@ -203,72 +141,166 @@ def _engine(control_plane: ControlPlane, wanted: str | None) -> Measured:
         raise LlepError(f"no engine named {name!r}: {', '.join(sorted(engines))}")
     if engines[name]["state"] != "live":
         raise LlepError(f"engine {name} is {engines[name]['state']}: measure it when it is live")
-    settings = {one["key"]: one["value"] for one in control_plane.get("/v1/settings", engine=name)["settings"]}
-    return Measured(name, engines[name]["mode"], float(settings["report_interval_s"]))
+    settings = _settings(control_plane, name)
+    return Measured(name, settings["mode"], float(settings["report_interval_s"]))
+
+
+def _settings(control_plane: ControlPlane, engine: str) -> Row:
+    return {one["key"]: one["value"] for one in control_plane.get("/v1/settings", engine=engine)["settings"]}
+
+
+def _is_unlimited(flags: VllmFlags) -> bool:
+    """Whether requests are sent as fast as they are answered; else throughput is what was asked for."""
+    return (flags.value("--request-rate") or "inf") == "inf"
+
+
+def _api(flags: VllmFlags) -> str:
+    if given := flags.value("--base-url"):
+        return given.rstrip("/")
+    return f"http://{flags.value('--host') or '127.0.0.1'}:{flags.value('--port') or 8000}"
+
+
+def _served(api: str) -> Row:
+    """The first model that the API lists. Raises LlepError where no API of vLLM answers."""
+    key = _api_key()
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        answer = httpx.get(f"{api}/v1/models", headers=headers, timeout=API_WITHIN_S, verify=False, trust_env=False)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise LlepError(f"no API at {api} ({error}): name vLLM's with -- --base-url http://HOST:PORT") from None
+    if answer.status_code == 401:
+        raise LlepError(f"{api} wants an API key: put it in OPENAI_API_KEY")
+    try:
+        model: Row = answer.json()["data"][0]
+        return {"id": str(model["id"]), "root": str(model.get("root") or model["id"])}
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise LlepError(f"{api} answered {answer.status_code}, and not as vLLM's OpenAI API does") from None
+
+
+def _api_key() -> str | None:
+    return os.environ.get("OPENAI_API_KEY") or os.environ.get("VLLM_API_KEY")
+
+
+def _left_out(flags: VllmFlags, served: Row) -> list[str]:
+    """What vLLM would otherwise choose for a farm of GPUs, or look for on the internet."""
+    added = [] if flags.has("--num-prompts") else ["--num-prompts", str(NUM_PROMPTS)]
+    model = flags.value("--model")
+    if model is None:
+        added += ["--model", served["root"], "--served-model-name", served["id"]]
+    elif model == served["id"] != served["root"] and not flags.has("--tokenizer", "--skip-tokenizer-init"):
+        added += ["--tokenizer", served["root"]]
+    return added
 
 
 @contextmanager
 def _mode_goes_back(control_plane: ControlPlane, engine: Measured) -> Iterator[None]:
-    """Modes set in the block are temporary; afterwards the one that holds for good is back."""
+    """Modes set in the block are temporary; afterwards, also after SIGTERM, the one that held before is back."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
-        control_plane.put(
-            "/v1/mode", {"mode": Mode.ACTIVE.value, "ttl_s": 0.5}, engines=[engine], reason="llep bench ends"
-        )
+        signal.signal(signal.SIGTERM, before)
+        _put_back(control_plane, engine)
 
 
-def _run(control_plane: ControlPlane, engine: Measured, mode: str, arguments: list[str]) -> Run:
-    body = {"mode": mode, "ttl_s": TTL_S}
-    control_plane.put("/v1/mode", body, engines=[engine.name], reason="llep bench")
+def _put_back(control_plane: ControlPlane, engine: Measured) -> None:
+    try:
+        # Temporary modes lie over the lasting one: a short one ends them all.
+        _set_mode(control_plane, engine, engine.mode, 0.5, "llep bench ends")
+        deadline_s = time.monotonic() + BACK_WITHIN_S
+        while (mode := _settings(control_plane, engine.name)["mode"]) != engine.mode and time.monotonic() < deadline_s:
+            time.sleep(LOOK_EVERY_S)
+    except (LlepError, typer.Exit) as error:
+        _say(f"mode {engine.mode} could not be put back ({error}): it comes back by itself, or with `llep mode`")
+    else:
+        if mode != engine.mode:
+            _say(f"the mode is {mode}; it was {engine.mode}, for a while only, before: llep mode {engine.mode}")
+
+
+def _set_mode(control_plane: ControlPlane, engine: Measured, mode: str, ttl_s: float, reason: str) -> None:
+    control_plane.put("/v1/mode", {"mode": mode, "ttl_s": ttl_s}, engines=[engine.name], reason=reason)
+
+
+def _run(
+    control_plane: ControlPlane,
+    engine: Measured,
+    mode: str,
+    arguments: list[str],
+    limit_s: float,
+    on_second: Callable[[float], None],
+) -> Run:
+    _set_mode(control_plane, engine, mode, limit_s + TTL_MARGIN_S, "llep bench")
     before = counters(control_plane.get_bytes("/metrics").decode(), engine.name)
-    measured = _measure(arguments)
+    measured = _measure(arguments, limit_s, on_second)
     time.sleep(REPORTS_WITHIN * engine.report_interval_s)
     after = counters(control_plane.get_bytes("/metrics").decode(), engine.name)
     return Run(mode, measured, counted_between(before, after))
 
 
-def _measure(arguments: list[str]) -> dict[str, float]:
-    """What one `vllm bench serve` measured. Raises LlepError with its last words."""
+def _measure(arguments: list[str], limit_s: float, on_second: Callable[[float], None]) -> dict[str, float]:
+    """What one `vllm bench serve` measured. Raises LlepError with its last words, also where it takes too long."""
+    key = _api_key()
+    environment = {**os.environ, **({"OPENAI_API_KEY": key} if key else {})}
     with tempfile.TemporaryDirectory(prefix="llep-bench-") as folder:
+        log, result = Path(folder) / "log", Path(folder) / "result.json"
         command = [sys.executable, "-m", "llep.vllm_plugin.bench", *arguments, "--disable-tqdm"]
-        command += ["--save-result", "--result-dir", folder, "--result-filename", "result.json"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        result = Path(folder) / "result.json"
-        if done.returncode or not result.exists():
-            words = "\n".join(done.stdout.strip().splitlines()[-15:])
-            raise LlepError(f"vllm bench serve ended with status {done.returncode}:\n{words}")
+        command += ["--save-result", "--result-dir", folder, "--result-filename", result.name]
+        with log.open("wb") as output:
+            # Ctrl-C on the terminal is for us.
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
+        try:
+            started_s = time.monotonic()
+            while process.poll() is None:
+                seconds = time.monotonic() - started_s
+                on_second(seconds)
+                if seconds > limit_s:
+                    raise LlepError(
+                        f"one run took longer than {limit_s:g} s: give vllm bench serve less to do (-- --num-prompts "
+                        f"10), or more time (--run-timeout 1h). It said last:\n{_last_words(log)}"
+                    )
+                time.sleep(LOOK_EVERY_S)
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode or not result.exists():
+            raise LlepError(f"vllm bench serve ended with status {process.returncode}:\n{_last_words(log)}")
         values = json.loads(result.read_text())
     wanted = (*MEASURES, "completed", "failed")
     measured = {name: float(values[name]) for name in wanted if isinstance(values.get(name), int | float)}
     if not measured.get("completed"):
-        raise LlepError("vllm bench serve completed no request: does vLLM serve at its --host and --port?")
+        raise LlepError("vllm bench serve completed no request: vLLM's log says why")
     return measured
 
 
-def _compared(name: str, before: Sequence[Run], after: Sequence[Run]) -> Row:
-    is_more_better = MEASURES[name]
-    pairs = [(b.measured[name], a.measured[name]) for b, a in zip(before, after, strict=True)]
-    # As a ratio of speeds in either case, so that 2 is twice as good.
-    gains = [(a / b if is_more_better else b / a) - 1 if a and b else 0.0 for b, a in pairs]
-    return {
-        "measure": name,
-        "off": statistics.median(b for b, _ in pairs),
-        "off_min_max": [min(b for b, _ in pairs), max(b for b, _ in pairs)],
-        "on": statistics.median(a for _, a in pairs),
-        "on_min_max": [min(a for _, a in pairs), max(a for _, a in pairs)],
-        "gain": statistics.median(gains),
-        "gains": gains,
-    }
+def _last_words(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").strip().splitlines()[-15:])
 
 
-def _medians(runs: Sequence[Run]) -> dict[str, float]:
-    keys = {key: None for run in runs for key in run.counted}
-    return {key: statistics.median(run.counted[key] for run in runs if key in run.counted) for key in keys}
+def _say(text: str) -> None:
+    print(f"llep: bench: {text}", file=sys.stderr, flush=True)
 
 
-def _spread(gains: Sequence[float]) -> str:
-    return f"{min(gains):+.1%} to {max(gains):+.1%}"
+def _in_short(run: Run) -> str:
+    measured = run.measured
+    words = [f"{measured['duration']:.1f} s, {measured['total_token_throughput']:,.0f} tokens/s"]
+    words += [
+        f"{name.upper()} {measured[f'mean_{name}_ms']:,.1f} ms"
+        for name in ("ttft", "tpot")
+        if f"mean_{name}_ms" in measured
+    ]
+    words += [f"{run.counted['lends']:,.0f} lends"] if run.counted["lends"] else []
+    return ", ".join(words)
 
 
 def _show(found: Row, output: Format) -> None:

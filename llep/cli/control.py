@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llep.cli import complete
 from llep.cli.http import DEFAULT_SERVER, ControlPlane, EngineOption, KeyFileOption, OutputOption, ServerOption
 from llep.cli.output import Format, show
 from llep.config import Mode, Settings, is_hot, parse_assignments
@@ -16,7 +17,12 @@ from llep.errors import SettingsError
 Row = dict[str, Any]
 
 EnginesOption = Annotated[
-    list[str] | None, typer.Option("--engine", help="Only this engine (repeat for more); else all, also those to come.")
+    list[str] | None,
+    typer.Option(
+        "--engine",
+        help="Only this engine (repeat for more); else all, also those to come.",
+        autocompletion=complete.engines,
+    ),
 ]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why, for the audit trail.")]
 
@@ -72,7 +78,10 @@ def loads_ranks(
 
 @settings_app.command("get")
 def settings_get(
-    keys: Annotated[list[str] | None, typer.Argument(help="Only these keys.", show_default="all")] = None,
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(help="Only these keys.", show_default="all", autocompletion=complete.setting_keys),
+    ] = None,
     server: ServerOption = DEFAULT_SERVER,
     key_file: KeyFileOption = None,
     output: OutputOption = Format.TABLE,
@@ -91,7 +100,12 @@ def settings_get(
 
 @settings_app.command("set")
 def settings_set(
-    assignments: Annotated[list[str], typer.Argument(help="key=value; key=null takes back what was changed before.")],
+    assignments: Annotated[
+        list[str],
+        typer.Argument(
+            help="key=value; key=null takes back what was changed before.", autocompletion=complete.assignments
+        ),
+    ],
     server: ServerOption = DEFAULT_SERVER,
     key_file: KeyFileOption = None,
     output: OutputOption = Format.TABLE,

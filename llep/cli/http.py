@@ -12,6 +12,7 @@ import httpx
 import typer
 
 from llep import __version__
+from llep.cli import complete
 from llep.cli.output import ExitCode, Format, fail
 from llep.errors import ERRORS_BY_CODE, LlepError, SettingsError, UnsupportedConfiguration
 
@@ -25,7 +26,9 @@ KeyFileOption = Annotated[
     typer.Option("--key-file", envvar="LLEP_KEY_FILE", help="File that holds your key, where one is needed."),
 ]
 OutputOption = Annotated[Format, typer.Option("-o", "--output", help="What to print.", case_sensitive=False)]
-EngineOption = Annotated[str | None, typer.Option("--engine", help="Only this engine.")]
+EngineOption = Annotated[
+    str | None, typer.Option("--engine", help="Only this engine.", autocompletion=complete.engines)
+]
 
 
 class ControlPlane:
@@ -35,7 +38,7 @@ class ControlPlane:
     address or key file.
     """
 
-    def __init__(self, server: str, key_file: Path | None) -> None:
+    def __init__(self, server: str, key_file: Path | None, timeout_s: float = TIMEOUT_S) -> None:
         url = _parse_url(server)
         self.server = server.rstrip("/")
         headers = {"User-Agent": f"llep/{__version__}"}
@@ -43,7 +46,7 @@ class ControlPlane:
             headers["Authorization"] = f"Bearer {_read_key(key_file)}"
         # A proxy meant for the outside would only be in the way on this machine.
         is_local = url.host in ("localhost", "127.0.0.1", "::1")
-        self._client = httpx.Client(base_url=self.server, headers=headers, timeout=TIMEOUT_S, trust_env=not is_local)
+        self._client = httpx.Client(base_url=self.server, headers=headers, timeout=timeout_s, trust_env=not is_local)
 
     def __enter__(self) -> Self:
         return self

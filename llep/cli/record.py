@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from llep.cli import complete
 from llep.cli.control import ReasonOption, parse_duration
 from llep.cli.http import DEFAULT_SERVER, ControlPlane, EngineOption, KeyFileOption, OutputOption, ServerOption
 from llep.cli.output import ExitCode, Format, fail, show
@@ -18,7 +22,12 @@ Row = dict[str, Any]
 
 LOOK_EVERY_S = 1.0
 ACTIVE = ("ordered", "running")
-IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The recording; `llep record list` shows them.")]
+IdArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="ID", help="The recording; `llep record list` shows them.", autocompletion=complete.recordings
+    ),
+]
 
 commands = typer.Typer(help="Record the counts of an engine that serves.", no_args_is_help=True)
 
@@ -51,7 +60,7 @@ def start(
         recording = control_plane.post("/v1/recordings", body)
         if wait:
             recording = _wait(control_plane, recording)
-    show([_row(recording)], output, data=recording)
+    _show(recording, output)
     if recording["state"] == "failed":
         raise typer.Exit(fail(recording["problem"], ExitCode.CHECK_FAILED))
 
@@ -65,8 +74,7 @@ def stop(
 ) -> None:
     """End a recording now; what has been recorded is kept, and all of it here within a few seconds."""
     with ControlPlane(server, key_file) as control_plane:
-        recording = control_plane.post(f"/v1/recordings/{_checked(id)}/stop", {})
-    show([_row(recording)], output, data=recording)
+        _show(control_plane.post(f"/v1/recordings/{_checked(id)}/stop", {}), output)
 
 
 @commands.command("list")
@@ -108,8 +116,31 @@ def delete(
 ) -> None:
     """Throw a recording away."""
     with ControlPlane(server, key_file) as control_plane:
-        recording = control_plane.delete(f"/v1/recordings/{_checked(id)}")
-    show([_row(recording)], output, data=recording)
+        _show(control_plane.delete(f"/v1/recordings/{_checked(id)}"), output)
+
+
+@contextmanager
+def at_hand(recording: str, server: str, key_file: Path | None) -> Iterator[Path]:
+    """Where the recording is on this machine; one that the server has is fetched for as long as the block lasts."""
+    if is_file(recording):
+        yield Path(recording)
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="llep-recording-") as folder,
+        ControlPlane(server, key_file) as control_plane,
+    ):
+        target = Path(folder) / "recording.tar"
+        fetch(control_plane, control_plane.get(f"/v1/recordings/{_checked(recording)}"), target)
+        yield target
+
+
+def is_file(recording: str) -> bool:
+    """Whether that is on this machine; else it is an id. Raises SettingsError for a file that isn't there."""
+    if Path(recording).exists():
+        return True
+    if "/" in recording or recording.endswith((".tar", ".parquet")):
+        raise SettingsError(f"{recording} does not exist", param="recording")
+    return False
 
 
 def fetch(control_plane: ControlPlane, recording: Row, target: Path) -> None:
@@ -140,6 +171,10 @@ def _checked(id: str) -> str:
     if not id or not id.isascii() or set(id) & set("/?#% \\"):
         raise SettingsError(f"{id!r} is not the id of a recording: `llep record list` shows them", param="id")
     return id
+
+
+def _show(recording: Row, output: Format) -> None:
+    show([_row(recording)], output, data=recording)
 
 
 def _row(recording: Row) -> Row:

@@ -9,14 +9,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llep.cli import complete
+from llep.cli.http import DEFAULT_SERVER, KeyFileOption, ServerOption
 from llep.cli.plan import needs_planning
 from llep.cli.progress import progress
+from llep.cli.record import at_hand
 from llep.errors import SettingsError
 
 if TYPE_CHECKING:
     from llep.shapes import StepCounts
 
 RanksOption = Annotated[int | None, typer.Option("--ranks", help="Ranks to judge on; the recording's.")]
+RecordingArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A recording: its folder, one part, the .tar of an export, or its id at the server.",
+        autocompletion=complete.recordings,
+    ),
+]
 SlotsOption = Annotated[int, typer.Option("--slots-per-rank", help="Experts that each rank can borrow now.")]
 CostOption = Annotated[
     str, typer.Option("--cost-model", help="h100, h200, b200, a file of `llep calibrate`, or none: count pairs only.")
@@ -39,7 +49,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def report(
-    recording: Annotated[Path, typer.Argument(help="A recording: its folder, one part, or the .tar of an export.")],
+    recording: RecordingArgument,
+    server: ServerOption = DEFAULT_SERVER,
+    key_file: KeyFileOption = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
     ranks: RanksOption = None,
     slots_per_rank: SlotsOption = 4,
@@ -51,7 +63,7 @@ def report(
 ) -> None:
     """Write one self-contained page: is lending worth it, with which settings, on how many ranks, and why.
 
-    Needs neither a server nor vLLM. Its verdict is a prediction; `llep bench` measures.
+    A file needs neither a server nor vLLM. The verdict is a prediction; `llep bench` measures.
     """
     if output.suffix.lower() not in (".html", ".htm") or not output.parent.is_dir():
         raise SettingsError(f"--output {str(output)!r} must be an .html file in a folder that is there", param="output")
@@ -62,13 +74,13 @@ def report(
     from llep.config import Settings, parse_assignments
 
     start = Settings.parse(parse_assignments(settings or []))
-    with unpacked(recording) as folder, progress("report") as on_stage:
+    with at_hand(recording, server, key_file) as path, unpacked(path) as folder, progress("report") as on_stage:
         warm_up()
         loads = Loads(folder, ranks, slots_per_rank, cost_model, ranks_per_node, sizes_of, tokens_per_rank)
         found = analyse(
             loads.steps(),
             loads.setup,
-            source=recording.name or str(recording),
+            source=Path(recording).name or recording,
             recorded_ranks=loads.recorded_ranks,
             start=start,
             notes=loads.notes,

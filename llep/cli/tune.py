@@ -14,22 +14,24 @@ from llep.cli.http import DEFAULT_SERVER, ControlPlane, KeyFileOption, OutputOpt
 from llep.cli.output import ExitCode, Format, fail, show
 from llep.cli.plan import needs_planning
 from llep.cli.progress import progress
+from llep.cli.record import is_file
 from llep.cli.report import (
     CostOption,
     Loads,
     NodeOption,
     RanksOption,
+    RecordingArgument,
     SettingOption,
     SizesOption,
-    SlotsOption,
     TokensOption,
 )
+from llep.config import SWEPT, Settings, parse_assignments
 from llep.errors import LlepError, SettingsError
 
 Row = dict[str, Any]
 
 LOOK_EVERY_S = 0.3
-SHOWN = ("planner", "imbalance_threshold", "min_chunk_tokens", "capacity_factor", "min_batch_tokens", "phases")
+DEFAULT_SLOTS = 4
 
 
 def add_to(app: typer.Typer) -> None:
@@ -37,14 +39,15 @@ def add_to(app: typer.Typer) -> None:
 
 
 def tune(
-    recording: Annotated[
-        str, typer.Argument(help="A recording: its folder, one part, the .tar of an export, or its id at the server.")
-    ],
+    recording: RecordingArgument,
     server: ServerOption = DEFAULT_SERVER,
     key_file: KeyFileOption = None,
     output: OutputOption = Format.TABLE,
     ranks: RanksOption = None,
-    slots_per_rank: SlotsOption = 4,
+    slots_per_rank: Annotated[
+        int | None,
+        typer.Option(help="Experts that each rank can borrow now.", show_default="the engine's; for a file 4"),
+    ] = None,
     cost_model: CostOption = "h200",
     ranks_per_node: NodeOption = None,
     sizes_of: SizesOption = None,
@@ -58,22 +61,19 @@ def tune(
     A file is swept here and needs no server, but for --apply; an id is swept by the control plane. Exit code 4 if
     --apply finds nothing worth setting.
     """
-    from llep.config import parse_assignments
-
     base = parse_assignments(settings or [])
-    if Path(recording).exists():
+    if slots_per_rank is not None:
+        base["slots_per_rank"] = slots_per_rank
+    if is_file(recording):
         if apply:
             base = {**_held(server, key_file, engines), **base}
-        found = _swept_here(
-            Path(recording), base, ranks, slots_per_rank, cost_model, ranks_per_node, sizes_of, tokens_per_rank
-        )
+        slots = base.get("slots_per_rank", DEFAULT_SLOTS)
+        found = _swept_here(Path(recording), base, ranks, slots, cost_model, ranks_per_node, sizes_of, tokens_per_rank)
     else:
-        if "/" in recording or recording.endswith((".tar", ".parquet")):
-            raise SettingsError(f"{recording} does not exist", param="recording")
         if sizes_of is not None or tokens_per_rank is not None or cost_model == "none":
             raise SettingsError("--sizes-of, --tokens-per-rank and --cost-model none are for files: export it first")
         order = {"recording": recording, "cost_model": cost_model, "ranks": ranks, "ranks_per_node": ranks_per_node}
-        found = _swept_there(server, key_file, order, base, slots_per_rank)
+        found = _swept_there(server, key_file, {**order, "base": base})
     _show(found, output)
     if apply:
         _apply(found, recording, server, key_file, engines)
@@ -85,8 +85,6 @@ def _swept_here(path: Path, base: Row, *options: Any) -> Row:
         from llep.traces import unpacked
         from llep.tune import Sample
         from llep.tune import tune as sweep
-    from llep.config import Settings
-
     start = Settings.parse(base)
     with unpacked(path) as folder, progress("tune") as report:
         warm_up()
@@ -96,14 +94,10 @@ def _swept_here(path: Path, base: Row, *options: Any) -> Row:
     return {**found, "notes": loads.notes()}
 
 
-def _swept_there(server: str, key_file: Path | None, order: Row, base: Row, slots_per_rank: int) -> Row:
+def _swept_there(server: str, key_file: Path | None, order: Row) -> Row:
     """As an operation of the control plane; Ctrl-C cancels it."""
     with ControlPlane(server, key_file) as control_plane, progress("tune") as report:
-        engine = control_plane.get(f"/v1/recordings/{order['recording']}")["engine"]
-        held = _settings(control_plane, engine)
-        operation = control_plane.post(
-            "/v1/tuning", {**order, "base": {"slots_per_rank": slots_per_rank, **held, **base}}
-        )
+        operation = control_plane.post("/v1/tuning", order)
         try:
             while operation["state"] in ("waiting", "running"):
                 report(operation["state"], round(100 * operation["progress_ratio"]), 100)
@@ -120,16 +114,11 @@ def _swept_there(server: str, key_file: Path | None, order: Row, base: Row, slot
 
 
 def _held(server: str, key_file: Path | None, engines: list[str] | None) -> Row:
+    """What holds now, of the keys that are swept, on the first of these engines."""
     with ControlPlane(server, key_file) as control_plane:
-        return _settings(control_plane, engines[0] if engines else None)
-
-
-def _settings(control_plane: ControlPlane, engine: str | None) -> Row:
-    """What holds now, of the keys that are swept."""
-    known = {one["id"] for one in control_plane.get("/v1/engines")["data"]}
-    chosen = engine if engine in known else next(iter(sorted(known)), None)
-    view = control_plane.get("/v1/settings", engine=chosen)
-    return {one["key"]: one["value"] for one in view["settings"] if one["key"] in (*SHOWN, "slots_per_rank")}
+        chosen = engines or sorted(one["id"] for one in control_plane.get("/v1/engines")["data"])
+        view = control_plane.get("/v1/settings", engine=chosen[0] if chosen else None)
+    return {one["key"]: one["value"] for one in view["settings"] if one["key"] in (*SWEPT, "slots_per_rank")}
 
 
 def _apply(found: Row, recording: str, server: str, key_file: Path | None, engines: list[str] | None) -> None:
@@ -164,7 +153,7 @@ def _show(found: Row, output: Format) -> None:
 def _row(case: Row, found: Row, *, is_timed: bool) -> Row:
     mark = "proposed" if case == found["proposed"] else "now" if case == found["start"] else ""
     return {
-        **{key: case["settings"][key] for key in SHOWN},
+        **{key: case["settings"][key] for key in SWEPT},
         "slots": case["slots_per_rank"],
         "imbalance": case["imbalance_ratio"],
         "lends/layer": case["lends_per_layer_step"],

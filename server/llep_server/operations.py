@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from llep.errors import LlepError, StoreUnavailable
+from llep.config import SWEPT
+from llep.errors import LlepError, StoreUnavailable, UnknownEngine
 from llep_server.errors import TYPE_BY_STATUS, Busy, ErrorDetail, Interrupted, UnknownOperation, status_of
 from llep_server.operation_store import OperationStore
 from llep_server.recordings import data_bytes, fetch
@@ -54,7 +55,9 @@ class Operations:
         """Raises UnknownRecording, RecordingConflict, SettingsError, Busy, StoreUnavailable."""
         check_cost_model(order.cost_model)
         check_settings(order.base, "base")
-        data_bytes(await self._scheduler.recording(order.recording))
+        recording = await self._scheduler.recording(order.recording)
+        data_bytes(recording)
+        order = order.model_copy(update={"base": await self._settings_of(recording.engine) | order.base})
         if len(self._tasks) > MOST_WAITING:
             raise Busy(f"{len(self._tasks)} operations have not ended, no more are taken: cancel some, or wait")
         operation = Operation(
@@ -75,6 +78,14 @@ class Operations:
             self._forget(operation.id)
             raise
         return operation
+
+    async def _settings_of(self, engine: str) -> dict[str, Any]:
+        """Those that matter to a sweep; none of an engine that nobody knows any more."""
+        try:
+            view = await self._scheduler.settings(engine)
+        except UnknownEngine:
+            return {}
+        return {one.key: one.value for one in view.settings if one.key in (*SWEPT, "slots_per_rank")}
 
     def all(self) -> list[Operation]:
         """Newest first, without results."""

@@ -77,8 +77,10 @@ class RecordingStop(Body):
 
 class TuningOrder(Body):
     recording: str = Field(max_length=200, description="id of the recording to replay")
-    base: dict[str, Any] = Field({}, description="settings to start from, slots_per_rank too; defaults without it")
-    cost_model: str = Field("h100", description="whose predicted seconds rank the settings: h100, h200 or b200")
+    base: dict[str, Any] = Field(
+        {}, description="settings to start from, slots_per_rank too, laid over those of the engine that was recorded"
+    )
+    cost_model: str = Field("h200", description="whose predicted seconds rank the settings: h100, h200 or b200")
     ranks: int | None = Field(None, ge=1, le=4096, description="the recording's without it")
     ranks_per_node: int | None = Field(None, ge=1, le=4096, description="one node without it")
 

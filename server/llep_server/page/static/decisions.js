@@ -5,7 +5,7 @@ import { by, h, Table, empty } from "./dom.js";
 import * as format from "./format.js";
 import { pages } from "./pages.js";
 
-const VERDICTS = { worth_it: ["Worth it", "good"], not_worth_it: ["Not worth it", "warn"], not_enough_evidence: ["Not enough evidence yet", "info"] };
+export const VERDICTS = { worth_it: ["Worth it", "good"], not_worth_it: ["Not worth it", "warn"], not_enough_evidence: ["Not enough evidence yet", "info"] };
 
 export function decisionsView(app) {
   const decisions = pages("decisions-more", (query) => get("v1/decisions", { engine: app.engine, ...query }), decisionsTable(), "id");

@@ -1,6 +1,7 @@
 // Recordings of counts, and operations that sweep settings over one.
 
 import { call, download, get } from "./api.js";
+import { VERDICTS } from "./decisions.js";
 import { ask, by, empty, h, meter, outcome, Table } from "./dom.js";
 import * as format from "./format.js";
 
@@ -22,14 +23,16 @@ export function recordingsView(app) {
     for (const [id, card] of shown) if (!data.some((one) => one.id === id)) shown.delete(id) && card.remove();
     if (!data.length) return place.replaceChildren(empty("No tuning yet. Tune sweeps thresholds over a finished recording and ranks the settings; it needs no GPU and leaves engines alone."));
     if (!shown.size) place.replaceChildren();
-    for (const operation of data) {
+    data.forEach((operation, index) => {
       const card = operationCard(operation, { cancel, use });
       const old = shown.get(operation.id);
-      if (old?.dataset.version === card.dataset.version) continue;
+      if (old?.dataset.version === card.dataset.version) return;
+      const hadFocus = old?.contains(document.activeElement);
       if (old) old.replaceWith(card);
-      else place.append(card);
+      else place.insertBefore(card, place.children[index] ?? null);
+      if (hadFocus) card.querySelector("button").focus();
       shown.set(operation.id, card);
-    }
+    });
   }
 
   /** A list of operations comes without their results: those of the ended are asked for once. */
@@ -75,7 +78,7 @@ export function recordingsView(app) {
 
   function tune(recording) {
     return guarded("operation-outcome", async () => {
-      const operation = await call("POST", "v1/tuning", { body: { recording: recording.id } });
+      const operation = await call("POST", "v1/tuning", { body: { recording: recording.id, cost_model: by("tuning-costs").value } });
       return `${operation.id} sweeps settings over ${recording.id}.`;
     });
   }
@@ -131,11 +134,21 @@ function recordingsTable({ stop, save, remove, tune }) {
   );
 }
 
+const WORDS_BY_STATE = {
+  waiting: "One is done after the other.",
+  running: "The recording is replayed under each choice of settings.",
+};
+
+function verdictWords({ verdict, reason, patch }) {
+  const isHeld = verdict === "worth_it" && !Object.keys(patch).length;
+  return `${VERDICTS[verdict][0]}: ${reason}${isHeld ? "; what holds now is as good as anything that was tried" : ""}`;
+}
+
 function operationCard(operation, { cancel, use }) {
   const { id, state, progress_ratio: progress, arguments: order, result, error } = operation;
   const isOver = OVER.has(state);
   const patch = Object.entries(result?.patch ?? {});
-  const words = error?.message ?? result?.reason ?? (isOver ? "" : "The recording is replayed under each choice of settings.");
+  const words = error?.message ?? (result ? verdictWords(result) : WORDS_BY_STATE[state]);
   const card = h(
     "div",
     { class: "advice", "data-tone": { failed: "bad", done: "good" }[state] ?? "info" },
