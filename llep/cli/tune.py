@@ -70,9 +70,10 @@ def tune(
         slots = base.get("slots_per_rank", DEFAULT_SLOTS)
         found = _swept_here(Path(recording), base, ranks, slots, cost_model, ranks_per_node, sizes_of, tokens_per_rank)
     else:
-        if sizes_of is not None or tokens_per_rank is not None or cost_model == "none":
-            raise SettingsError("--sizes-of, --tokens-per-rank and --cost-model none are for files: export it first")
-        order = {"recording": recording, "cost_model": cost_model, "ranks": ranks, "ranks_per_node": ranks_per_node}
+        if sizes_of is not None or tokens_per_rank is not None:
+            raise SettingsError("--sizes-of and --tokens-per-rank are for files: export it first")
+        costs = None if cost_model == "none" else cost_model
+        order = {"recording": recording, "cost_model": costs, "ranks": ranks, "ranks_per_node": ranks_per_node}
         found = _swept_there(server, key_file, {**order, "base": base})
     _show(found, output)
     if apply:

@@ -80,7 +80,9 @@ class TuningOrder(Body):
     base: dict[str, Any] = Field(
         {}, description="settings to start from, slots_per_rank too, laid over those of the engine that was recorded"
     )
-    cost_model: str = Field("h200", description="whose predicted seconds rank the settings: h100, h200 or b200")
+    cost_model: str | None = Field(
+        "h200", description="whose predicted seconds rank the settings: h100, h200 or b200; null ranks by loads alone"
+    )
     ranks: int | None = Field(None, ge=1, le=4096, description="the recording's without it")
     ranks_per_node: int | None = Field(None, ge=1, le=4096, description="one node without it")
 

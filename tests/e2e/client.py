@@ -17,7 +17,8 @@ PROBE = "A plan says which rank computes which tokens of each expert, and who se
 class Client:
     """The openai client, adding up the tokens that went through the model."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, model: str = "model") -> None:
+        self._model = model
         self._openai = OpenAI(base_url=f"{stack.api}/v1", api_key="none", timeout=60, max_retries=0)
         self._lock = threading.Lock()
         self.tokens = 0
@@ -25,14 +26,14 @@ class Client:
     def complete(self, prompt: str, max_tokens: int = 1) -> str:
         """The greedy continuation, as long as asked for."""
         answer = self._openai.completions.create(
-            model="model", prompt=prompt, max_tokens=max_tokens, temperature=0, extra_body={"ignore_eos": True}
+            model=self._model, prompt=prompt, max_tokens=max_tokens, temperature=0, extra_body={"ignore_eos": True}
         )
         self._count(answer.usage)
         return answer.choices[0].text
 
     def stream(self, prompt: str, max_tokens: int) -> list[str]:
         answer = self._openai.completions.create(
-            model="model",
+            model=self._model,
             prompt=prompt,
             max_tokens=max_tokens,
             temperature=0,
@@ -46,14 +47,14 @@ class Client:
 
     def chat(self, content: str, max_tokens: int) -> Any:
         answer = self._openai.chat.completions.create(
-            model="model", messages=[{"role": "user", "content": content}], max_tokens=max_tokens, temperature=0
+            model=self._model, messages=[{"role": "user", "content": content}], max_tokens=max_tokens, temperature=0
         )
         self._count(answer.usage)
         return answer.choices[0]
 
     def stream_chat(self, content: str, max_tokens: int) -> str:
         answer = self._openai.chat.completions.create(
-            model="model",
+            model=self._model,
             messages=[{"role": "user", "content": content}],
             max_tokens=max_tokens,
             temperature=0,

@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 from reporting import Engine
 from running import Running, start
 
 from llep_server.config import ServerConfig
 
-from .browsing import Traffic, Visit, find_chromium
+from .browsing import Traffic, Visit, chromium, visits
 
 expect.set_options(timeout=15_000)
 
 
 @pytest.fixture(scope="package")  # while it is open this thread has a running event loop: none of other tests' business
 def browser() -> Iterator[Browser]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium is there: `make tools` as root on Debian, or install one")
-    with sync_playwright() as playwright:
-        # Its sandbox wants rights that containers don't have; all it opens is the page under test.
-        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture
@@ -42,42 +33,8 @@ def visit(browser: Browser) -> Iterator[Visit]:
 
     `refusals`: whether the server is expected to answer with failures, which Chromium counts as errors.
     """
-    with _visits(browser) as open_page:
+    with visits(browser) as open_page:
         yield open_page
-
-
-@contextmanager
-def _visits(browser: Browser) -> Iterator[Visit]:
-    problems: list[str] = []
-    contexts = []
-
-    def open_page(url: str, *, refusals: bool = False, **options: Any) -> Page:
-        context = browser.new_context(**options)
-        contexts.append(context)
-        page = context.new_page()
-        host = urlsplit(url).netloc
-        page.on("pageerror", lambda error: problems.append(f"uncaught: {error}"))
-        page.on("console", lambda message: _note(problems, message, refusals))
-        page.on("request", lambda request: _check_host(problems, request.url, host))
-        page.goto(url)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert problems == []
-
-
-def _note(problems: list[str], message: Any, refusals: bool) -> None:
-    is_refusal = message.text.startswith("Failed to load resource: the server responded with a status of")
-    if message.type in ("error", "warning") and not (refusals and is_refusal):
-        problems.append(f"{message.type}: {message.text}")
-
-
-def _check_host(problems: list[str], url: str, host: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in ("blob", "data") and parts.netloc != host:
-        problems.append(f"asked another host: {url}")
 
 
 @pytest.fixture

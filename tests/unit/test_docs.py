@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -18,20 +19,11 @@ from llep.cli.doctor import TRIED_MODELS
 from llep.cli.preflight import CONFLICTS
 from llep.config import NOT_SETTINGS, Settings, parse_assignments
 from llep.vllm_plugin import TESTED_VLLM
+from tests.documented import ALONE, BY_OTHERS, LIVE, NOT_RUN, PAGES, ROOT, begins, blocks, typed
 from tests.unit.commands import run_llep
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_]*")  # ID, FILE, DIR, N, MODEL, FLAGS
-CHEAP = ("simulate bench/", "settings schema", "export ", "--version", "report bench/", "tune bench/")
 TAKES_ANYTHING = ("serve", "with-ray", "bench", "doctor")  # what follows belongs to another program
-
-
-def blocks(text: str) -> Iterator[str]:
-    """Lines of fenced blocks, continued ones joined, comments and prompts taken off."""
-    for block in re.findall(r"^```(?:sh|bash|console|text)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        for line in block.replace("\\\n", " ").splitlines():
-            yield re.sub(r"\s+#\s.*$", "", line).strip().removeprefix("$ ").removesuffix("&").strip()
 
 
 def inline(text: str) -> Iterator[str]:
@@ -85,19 +77,38 @@ def test_commands_parse(page: str, command: str, is_typed: bool) -> None:
         Settings().changed(parse_assignments([word for word in words if "=" in word and not word.startswith("-")]))
 
 
-RUN = [(page, command) for page, command, is_typed in all_commands() if is_typed and command[5:].startswith(CHEAP)]
+TYPED = [(path.name, command) for path in PAGES for command in typed(path)]
 
 
-@pytest.mark.parametrize(("page", "command"), RUN)
-def test_cheap_commands_run(page: str, command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("page", "command"), sorted(set(TYPED)))
+def test_every_command_is_run_by_some_test_or_listed_as_not_run(page: str, command: str) -> None:
+    classes = [begins(command, each) for each in (ALONE, LIVE, BY_OTHERS, NOT_RUN)]
+    assert sum(classes) == 1, f"{page}: `{command}` is in {sum(classes)} of the lists of tests/documented.py"
+
+
+def test_what_is_not_run_is_said() -> None:
+    text = (ROOT / "docs" / "support.md").read_text()
+    assert dict(re.findall(r"^\| `([^`]+)` ... \| (.*) \|$", text, re.MULTILINE)) == NOT_RUN
+    for program, test in BY_OTHERS.items():
+        words = program.partition(" ")[2].replace("-m ", "")
+        assert words.split()[0] in (ROOT / test).read_text(), f"{test} does not run {program}"
+
+
+def test_what_stands_alone_runs(tmp_path: Path) -> None:
     (tmp_path / "bench").symlink_to(ROOT / "bench")
-    words = [str(tmp_path / "out") if PLACEHOLDER.fullmatch(word) else word for word in shlex.split(command)[1:]]
-    done = run_llep(*words, cwd=tmp_path)
-    assert done.returncode == 0, f"{page}: `{command}`: {done.stderr}"
+    (tmp_path / "recording").symlink_to(ROOT / "bench" / "natural" / "traces" / "python-decode")
+    question = {"tokens": [[4000, 96, 10, 10], [4000, 96, 10, 10]], "min_chunk_tokens": 64}
+    (tmp_path / "question.json").write_text(json.dumps(question))
+    commands = {command.replace("--time-limit 60", "--time-limit 5") for _, command in TYPED if begins(command, ALONE)}
+    assert len(commands) > 5
+    for command in sorted(commands):
+        words = [str(tmp_path / "out") if PLACEHOLDER.fullmatch(word) else word for word in shlex.split(command)[1:]]
+        done = run_llep(*words, cwd=tmp_path)
+        assert done.returncode == 0, f"`{command}`: {done.stderr}"
 
 
 def test_there_are_commands_to_check() -> None:
-    assert len(all_commands()) > 40 and RUN
+    assert len(all_commands()) > 40
     names = {tuple(command.split()[1:2]) for _, command, _ in all_commands()}
     assert {("record",), ("tune",), ("report",), ("bench",), ("top",), ("doctor",)} <= names
 

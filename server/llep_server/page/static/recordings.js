@@ -78,7 +78,7 @@ export function recordingsView(app) {
 
   function tune(recording) {
     return guarded("operation-outcome", async () => {
-      const operation = await call("POST", "v1/tuning", { body: { recording: recording.id, cost_model: by("tuning-costs").value } });
+      const operation = await call("POST", "v1/tuning", { body: { recording: recording.id, cost_model: by("tuning-costs").value || null } });
       return `${operation.id} sweeps settings over ${recording.id}.`;
     });
   }

@@ -1,0 +1,59 @@
+"""The commands in README and docs, and which test runs each of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("llep", "curl", "make", "pip", "ray", "vllm", "kubectl", "docker", "python")
+
+# By how they begin. Run by tests/unit/test_docs.py, which needs no engine:
+ALONE = (
+    *("llep simulate", "llep settings schema", "llep export", "llep --version", "llep report bench/"),
+    *("llep tune bench/", "llep plan simulate", "llep plan place", "llep calibrate --help"),
+)
+# Run by tests/e2e/test_as_documented.py against a stack like that of `make serve`:
+LIVE = (
+    *("llep status", "llep top", "llep loads", "llep settings", "llep mode", "llep record", "llep report traffic.tar"),
+    *("llep tune traffic.tar", "llep bench", "llep advice", "llep placement", "llep demo load", "curl"),
+)
+# Run as such, or with other arguments, by these tests:
+BY_OTHERS = {
+    "make serve": "tests/e2e/test_serve.py",
+    "make test": ".ci/run",
+    "llep control-plane": "tests/server/test_process.py",
+    "llep doctor": "tests/unit/test_cli_doctor.py",
+    "llep model train": "tests/unit/test_training.py",
+    "ray start": "tests/scheduler/test_on_ray.py",
+    "python -m bench.natural.compare": "tests/unit/test_natural_traces.py",
+}
+# docs/support.md lists these, with the reasons.
+NOT_RUN = {
+    "llep serve openai/gpt-oss-120b": "wants GPUs; `llep serve` on CPUs is tested",
+    "vllm serve": "wants GPUs; the plugin in vLLM on CPUs is tested",
+    "kubectl": "wants a cluster; the manifests are rendered and checked against Kubernetes' schemas",
+    "docker compose": "wants Docker; `compose.yaml` is checked against its specification",
+    'pip install "llep[vllm]"': "wants a release on an index; `make serve` installs the same from the tree",
+}
+
+
+def typed(path: Path) -> Iterator[str]:
+    """The commands of the page's fenced blocks, in order, without comments and what stands before or after them."""
+    for line in blocks(path.read_text()):
+        command = re.sub(r"^([A-Z_]+=\S+ )+", "", line)
+        if command.startswith(tuple(f"{program} " for program in PROGRAMS)):
+            yield command
+
+
+def begins(command: str, with_one_of: tuple[str, ...] | dict[str, str]) -> bool:
+    return command.startswith(tuple(with_one_of))
+
+
+def blocks(text: str) -> Iterator[str]:
+    """Lines of fenced blocks, continued ones joined, comments and prompts taken off."""
+    for block in re.findall(r"^```(?:sh|bash|console|text)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield re.sub(r"\s+#\s.*$", "", line).strip().removeprefix("$ ").removesuffix("&").strip()
