@@ -73,14 +73,14 @@ def as_it_is_here(stack: Stack, command: str) -> str:
         newest = stack.llep_json("record", "list")[0]["id"]
         stack.wait_for(lambda: stack.get(f"/v1/recordings/{newest}")["ended_s"], 60, "the end of the recording")
         command = re.sub(r"\bID\b", newest, command)
+    # The last of several values holds.
+    shorter = f"--model {NAME} --base-url {stack.api} {' '.join(BENCH)}"
+    command = re.sub(r"^llep bench .*?-- (.*)$", rf"llep bench --pairs 1 -- \1 {shorter}", command)
     revision = stack.get("/v1/settings")["revision"]
     for given, here in (
         ("llep top", "llep top --once"),
         ("llep demo load", f"llep demo load --api {stack.api} --max-tokens 4"),
         ("--text src/ --text letters/", f"--text {ROOT}/llep --text {ROOT}/docs"),
-        ("llep bench --", "llep bench --pairs 1 --"),
-        (" --model NAME", f" --model {NAME} --base-url {stack.api} {' '.join(BENCH)}"),
-        ("--num-prompts 50", "--num-prompts 4"),
         ("--if-revision 3", f"--if-revision {revision}"),
         ("settings rollback 12", f"settings rollback {revision - 1}"),
         ("curl -N", "curl -N --max-time 3"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from reporting import Engine
 from running import Running, start
 
 from llep_server.config import ServerConfig
@@ -27,6 +29,27 @@ def running(tmp_path: Path) -> Iterator[Running]:
 def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """The same, shared by tests that leave it as it is."""
     yield from start(ServerConfig(), tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture
+def busy(running: Running) -> Iterator[Running]:
+    """With one engine that has done three steps, and goes on reporting: on a slow machine commands take seconds."""
+    engine = Engine()
+    running.report(engine)
+    for _ in range(3):
+        engine.run(tokens=256)
+    running.report(engine)
+    ended = threading.Event()
+
+    def go_on() -> None:
+        while not ended.wait(0.3):
+            running.report(engine)
+
+    reporting = threading.Thread(target=go_on)
+    reporting.start()
+    yield running
+    ended.set()
+    reporting.join()
 
 
 @pytest.fixture

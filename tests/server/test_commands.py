@@ -14,33 +14,11 @@ from typing import Any
 import pytest
 import yaml
 from conftest import LLEP, Llep
-from reporting import Engine
 from running import Running, start
 
 from llep_server.config import ServerConfig
 
 OK, ERROR, USAGE, UNREACHABLE, CHECK_FAILED = 0, 1, 2, 3, 4
-
-
-@pytest.fixture
-def busy(running: Running) -> Iterator[Running]:
-    """With one engine that has done three steps, and goes on reporting: on a slow machine commands take seconds."""
-    engine = Engine()
-    running.report(engine)
-    for _ in range(3):
-        engine.run(tokens=256)
-    running.report(engine)
-    ended = threading.Event()
-
-    def go_on() -> None:
-        while not ended.wait(0.5):
-            running.report(engine)
-
-    reporting = threading.Thread(target=go_on)
-    reporting.start()
-    yield running
-    ended.set()
-    reporting.join()
 
 
 def test_status(busy: Running, llep: Llep) -> None:
@@ -192,7 +170,6 @@ def test_keys(guarded: Running, llep: Llep, tmp_path: Path) -> None:
 
 def test_something_else_at_the_address(llep: Llep) -> None:
     import http.server
-    import threading
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as other:
         thread = threading.Thread(target=other.serve_forever)

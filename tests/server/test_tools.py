@@ -11,55 +11,21 @@ import select
 import struct
 import subprocess
 import termios
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from conftest import LLEP, Llep
-from reporting import Engine
+from recorded import deliver
 from running import Running
 
-from llep.generate import Workload, generate_steps
 from llep.shapes import ModelShape
-from llep.traces import Trace, unpacked, write_trace
+from llep.traces import Trace, unpacked
 
 OK, ERROR, USAGE, UNREACHABLE, CHECK_FAILED = 0, 1, 2, 3, 4
 SHAPE = ModelShape(
     name="tiny", layer_numbers=(0, 1), num_experts=16, top_k=2, hidden_size=2880, intermediate_size=2880,
     bytes_per_expert=13_000_000,
 )  # fmt: skip
-
-
-@pytest.fixture
-def busy(running: Running) -> Iterator[Running]:
-    """With one engine that has done three steps, and goes on reporting."""
-    engine = Engine()
-    running.report(engine)
-    for _ in range(3):
-        engine.run(tokens=256)
-    running.report(engine)
-    ended = threading.Event()
-
-    def go_on() -> None:
-        while not ended.wait(0.3):
-            running.report(engine)
-
-    reporting = threading.Thread(target=go_on)
-    reporting.start()
-    yield running
-    ended.set()
-    reporting.join()
-
-
-def deliver(running: Running, id: str, folder: Path) -> None:
-    """What the agent does."""
-    scheduler = running.caller.scheduler
-    running.await_(scheduler.recording_begun("tiny", id))
-    for part in sorted(folder.glob("*.parquet")):
-        running.await_(scheduler.recording_part("tiny", id, part.name, 0, part.read_bytes(), True))
-    running.await_(scheduler.recording_end("tiny", id, 12, ""))
 
 
 def test_a_recording_from_its_start_to_its_settings(busy: Running, llep: Llep, tmp_path: Path) -> None:
@@ -73,10 +39,9 @@ def test_a_recording_from_its_start_to_its_settings(busy: Running, llep: Llep, t
     assert (started["state"], started["steps_wanted"]) == ("ordered", 12)
     assert "is being recorded: stop it with" in ask("record", "start", expect=ERROR)
     assert "it has no data to fetch" in ask("record", "export", id, expect=ERROR)
-    loads = Workload.parse("zipf:ratio=3")
-    steps = generate_steps(loads, SHAPE, num_ranks=4, tokens_per_rank=32768, steps=12, seed=0, phase="prefill")
-    write_trace(tmp_path / "rec", SHAPE, 4, steps)
-    deliver(busy, id, tmp_path / "rec")
+    deliver(
+        busy.call, id, tmp_path / "rec", steps=12, shape=SHAPE, loads="zipf:ratio=3", num_ranks=4, tokens_per_rank=32768
+    )
     (row,) = csv.DictReader(io.StringIO(ask("record", "list", "-o", "csv")))
     assert (row["id"], row["state"], row["steps"]) == (id, "done", "12")
     tar = tmp_path / "got.tar"
