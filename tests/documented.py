@@ -12,8 +12,8 @@ PROGRAMS = ("llep", "curl", "make", "pip", "ray", "vllm", "kubectl", "docker", "
 
 # By how they begin. Run by tests/unit/test_docs.py, which needs no engine:
 ALONE = (
-    *("llep simulate", "llep settings schema", "llep export", "llep --version", "llep report bench/"),
-    *("llep tune bench/", "llep plan simulate", "llep plan place", "llep calibrate --help"),
+    *("llep simulate", "llep settings schema", "llep export", "llep --version", "llep report bench"),
+    *("llep tune bench", "llep plan simulate", "llep plan place", "llep calibrate --help"),
 )
 # Run by tests/e2e/test_as_documented.py against a stack like that of `make serve`:
 LIVE = (
@@ -49,7 +49,7 @@ def typed(path: Path) -> Iterator[str]:
 
 
 def begins(command: str, with_one_of: tuple[str, ...] | dict[str, str]) -> bool:
-    return command.startswith(tuple(with_one_of))
+    return any(f"{command} ".startswith((f"{start} ", f"{start}/")) for start in with_one_of)
 
 
 def blocks(text: str) -> Iterator[str]:

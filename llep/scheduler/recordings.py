@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from llep.config import Mode
 from llep.errors import RecordingConflict, SettingsError, StoreUnavailable
 from llep.messages import RecordingOrder
 from llep.scheduler.archive import Archive, Recording
@@ -74,13 +75,19 @@ class Recordings(Core):
         known = self._engine(engine)
         if known.state is not EngineState.LIVE:
             raise RecordingConflict(f"engine {engine} is {known.state}: record when it is live", param="engine")
+        settings = self._effective(self._journal.desired, [engine])[engine]
+        if settings.mode is Mode.OFF:
+            raise RecordingConflict(
+                f"engine {engine} is in mode off, in which nothing is counted: `llep mode observe` counts and lends nothing",
+                param="engine",
+            )
         running = next((one for one in self._archive.all() if one.engine == engine and one.is_active), None)
         if running is not None:
             raise RecordingConflict(
                 f"engine {engine} is being recorded: stop it with `llep record stop {running.id}`", param="engine"
             )
         now_s = time.time()
-        limit = max_bytes or int(self._effective(self._journal.desired, [engine])[engine].record_max_bytes)
+        limit = max_bytes or int(settings.record_max_bytes)
         recording = Recording(
             id=f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now_s))}-{secrets.token_hex(3)}",
             engine=engine,

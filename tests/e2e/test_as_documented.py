@@ -79,7 +79,8 @@ def as_it_is_here(stack: Stack, command: str) -> str:
     revision = stack.get("/v1/settings")["revision"]
     for given, here in (
         ("llep top", "llep top --once"),
-        ("llep demo load", f"llep demo load --api {stack.api} --max-tokens 4"),
+        ("llep demo load", f"llep demo load --api {stack.api} --max-tokens 4 --duration 4s"),
+        ("copies.json --dry-run", "copies.json"),  # so that there is something to roll back
         ("--text src/ --text letters/", f"--text {ROOT}/llep --text {ROOT}/docs"),
         ("--if-revision 3", f"--if-revision {revision}"),
         ("settings rollback 12", f"settings rollback {revision - 1}"),

@@ -94,6 +94,13 @@ def test_before_the_end_there_is_nothing_to_fetch(running: Running) -> None:
     assert "recording" in kinds
 
 
+def test_in_mode_off_there_is_nothing_to_record(running: Running) -> None:
+    running.report(Engine())
+    running.http.put("/v1/mode", json={"mode": "off"}).raise_for_status()
+    refused = error_of(running.http.post("/v1/recordings", json={"steps": 5}), 409, "recording_conflict")
+    assert "mode off" in refused["message"] and "llep mode observe" in refused["message"]
+
+
 def test_names_that_lead_elsewhere(unchanged: Running) -> None:
     for id in ("..", "%2e%2e", "..%2f..%2fetc", "a%00b", "x" * 150):
         answer = unchanged.http.get(f"/v1/recordings/{id}/data")

@@ -136,6 +136,7 @@ function recordingsTable({ stop, save, remove, tune }) {
 
 const WORDS_BY_STATE = {
   waiting: "One is done after the other.",
+  starting: "The simulator starts; its first time on a machine it compiles the planners, which takes a minute.",
   running: "The recording is replayed under each choice of settings.",
 };
 
@@ -148,7 +149,7 @@ function operationCard(operation, { cancel, use }) {
   const { id, state, progress_ratio: progress, arguments: order, result, error } = operation;
   const isOver = OVER.has(state);
   const patch = Object.entries(result?.patch ?? {});
-  const words = error?.message ?? (result ? verdictWords(result) : WORDS_BY_STATE[state]);
+  const words = error?.message ?? (result ? verdictWords(result) : WORDS_BY_STATE[state === "running" && !progress ? "starting" : state]);
   const card = h(
     "div",
     { class: "advice", "data-tone": { failed: "bad", done: "good" }[state] ?? "info" },
