@@ -78,7 +78,7 @@ class Recordings(Core):
         settings = self._effective(self._journal.desired, [engine])[engine]
         if settings.mode is Mode.OFF:
             raise RecordingConflict(
-                f"engine {engine} is in mode off, in which nothing is counted: `llep mode observe` counts and lends nothing",
+                f"engine {engine} is in mode off, which counts nothing: `llep mode observe` counts, and lends nothing",
                 param="engine",
             )
         running = next((one for one in self._archive.all() if one.engine == engine and one.is_active), None)
