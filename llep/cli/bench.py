@@ -36,7 +36,7 @@ MOST_PAIRS = 100
 NUM_PROMPTS = 50  # vLLM's own default, 1000, takes hours on CPUs
 REPORTS_WITHIN = 2.5  # report intervals until the counters hold all of a run
 TTL_MARGIN_S = 120.0  # a bench that is killed leaves a mode that goes back by itself this long after its run's limit
-BACK_WITHIN_S = 15.0
+BRIEFLY_S = 0.5
 API_WITHIN_S = 10.0
 LOOK_EVERY_S = 0.2
 
@@ -209,16 +209,15 @@ def _mode_goes_back(control_plane: ControlPlane, engine: Measured) -> Iterator[N
 
 def _put_back(control_plane: ControlPlane, engine: Measured) -> None:
     try:
-        # Temporary modes lie over the lasting one: a short one ends them all.
-        _set_mode(control_plane, engine, engine.mode, 0.5, "llep bench ends")
-        deadline_s = time.monotonic() + BACK_WITHIN_S
-        while (mode := _settings(control_plane, engine.name)["mode"]) != engine.mode and time.monotonic() < deadline_s:
-            time.sleep(LOOK_EVERY_S)
+        # A temporary mode lies over the lasting one, and this one takes the place of the last run's.
+        _set_mode(control_plane, engine, engine.mode, BRIEFLY_S, "llep bench ends")
+        time.sleep(2 * BRIEFLY_S)
+        mode = _settings(control_plane, engine.name)["mode"]
     except (LlepError, typer.Exit) as error:
         _say(f"mode {engine.mode} could not be put back ({error}): it comes back by itself, or with `llep mode`")
     else:
         if mode != engine.mode:
-            _say(f"the mode is {mode}; it was {engine.mode}, for a while only, before: llep mode {engine.mode}")
+            _say(f"the mode is {mode}; before it was {engine.mode} for a while: llep mode {engine.mode} --ttl 10m")
 
 
 def _set_mode(control_plane: ControlPlane, engine: Measured, mode: str, ttl_s: float, reason: str) -> None:
