@@ -113,3 +113,29 @@ def test_a_recording_is_downloaded_tuned_with_and_deleted(running: Running, visi
     row.get_by_role("button", name="Delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     expect(page.locator("#record-outcome")).to_contain_text("is deleted")
+
+
+def test_what_tuning_found_is_looked_at_and_applied(
+    running: Running, visit: Visit, report: Callable[..., Traffic], tmp_path: Path
+) -> None:
+    recorded(running, tmp_path / "made")
+    report(running, Engine())
+    running.http.patch("/v1/settings", json={"imbalance_threshold": 50}).raise_for_status()  # which leaves all alone
+    page = visit(f"{running.url}/#/recordings")
+    page.locator("#tuning-costs").select_option("")
+    page.locator("#recordings tbody tr").get_by_role("button", name="Tune").click()
+    card = page.locator("#operations .advice")
+    expect(card).to_contain_text("Worth it: the load of the most loaded rank falls by", timeout=300_000)
+    expect(card.locator("code")).to_contain_text("imbalance_threshold=")
+    card.get_by_role("button", name="Look at it in Settings").click()
+    outcome = page.locator("#settings-outcome")
+    expect(outcome).to_contain_text("Dry run: nothing has changed yet")
+    page.get_by_role("button", name="Apply", exact=True).click()
+    expect(outcome).to_contain_text("Revision 2 is live on tiny since step")
+    expect(page.locator("#revisions tbody tr").first).to_contain_text(
+        re.compile("imbalance_threshold: 50 → .*found by")
+    )
+    (setting,) = (
+        one for one in running.http.get("/v1/settings").json()["settings"] if one["key"] == "imbalance_threshold"
+    )
+    assert setting["value"] < 3
