@@ -118,7 +118,8 @@ def _measure_all(
             ) -> None:
                 report(f"{name}, {seconds:.0f} s, run", at + 1, len(modes))
 
-            run = _run(control_plane, engine, mode, arguments, limit_s, on_second)
+            # Other prompts in every run: vLLM's prefix cache would answer the second time. A --seed of one's own holds.
+            run = _run(control_plane, engine, mode, ["--seed", str(at), *arguments], limit_s, on_second)
             _say(f"{name}: {_in_short(run)}")
             if mode == Mode.ACTIVE and not run.counted["tokens"]:
                 raise LlepError(
