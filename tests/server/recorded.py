@@ -20,9 +20,9 @@ SHAPE = ModelShape(
 )  # fmt: skip
 
 
-def recorded(running: Running, folder: Path, steps: int = 40) -> str:
+def recorded(running: Running, folder: Path, steps: int = 40, engine: Engine | None = None) -> str:
     """Id of a recording of the engine `tiny` that is done."""
-    running.report(Engine())
+    running.report(engine or Engine())
     id = order(running.http)
     deliver(running.call, id, folder, steps)
     return id

@@ -20,7 +20,7 @@ from running import Running
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 
 PROMPT = "ready> "
-WITHIN_S = 60
+WITHIN_S = 120
 
 
 class Bash:
