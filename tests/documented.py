@@ -24,6 +24,8 @@ LIVE = (
 BY_OTHERS = {
     "make serve": "tests/e2e/test_serve.py",
     "make test": ".ci/run",
+    "make dashboard": "tests/e2e/test_serve.py",
+    "llep dashboard": "tests/ops/test_dashboards.py",
     "llep control-plane": "tests/server/test_process.py",
     "llep doctor": "tests/unit/test_cli_doctor.py",
     "llep model train": "tests/unit/test_training.py",
