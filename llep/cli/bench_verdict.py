@@ -33,6 +33,7 @@ COUNTERS = {
 }
 SAMPLE = re.compile(r"^(llep_\w+)\{(.*)\} ([-+.\deE]+|NaN)$", re.MULTILINE)
 LEAST_GAIN = 0.01
+LEAST_PAIRS = 3
 SURE_RATIO = 0.8  # of the pairs that must agree
 
 
@@ -74,11 +75,13 @@ def summary(runs: Sequence[Run], modes: tuple[str, str], measure: str) -> Row:
 
 
 def judge(compared: Row, measure: str) -> tuple[str, str]:
-    """(pays, no_difference or costs, why): the median gain counts if most pairs agree on its sign."""
+    """(pays, costs, no_difference or not_enough_evidence, why). The median gain counts if most pairs have its sign."""
     gains: list[float] = compared["gains"]
     median = statistics.median(gains)
     agree = sum(gain * median > 0 for gain in gains) / len(gains)
     words = f"{measure} {'better' if median > 0 else 'worse'} by {abs(median):.1%} (pairs: {_spread(gains)})"
+    if len(gains) < LEAST_PAIRS:
+        return "not_enough_evidence", f"{words}: too few to tell; measure {LEAST_PAIRS} --pairs or more"
     if abs(median) < LEAST_GAIN:
         return "no_difference", f"{words}: within the noise"
     if agree < SURE_RATIO:

@@ -118,14 +118,14 @@ def test_bench_to_its_end(stack: Stack) -> None:
     done = bench(stack, "-o", "json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["verdict"] in ("pays", "costs", "no_difference") and found["reason"]
+    assert found["verdict"] == "not_enough_evidence" and "measure 3 --pairs or more; llep made" in found["reason"]
     assert (found["pairs"], found["failed_requests"], len(found["runs"])) == (1, 0, 2)
     measures = {row["measure"]: row for row in found["measures"]}
     assert {"total_token_throughput", "mean_ttft_ms", "mean_tpot_ms"} <= measures.keys()
     assert all(row["on"] > 0 and row["off"] > 0 for row in measures.values())
     off, on = found["counted"]["off"], found["counted"]["active"]
     assert off["lends"] == 0 and on["lends"] > 0 and on["lend_bytes"] > on["lends"]
-    assert on["imbalance_before"] > 1.3 > on["imbalance_after"]
+    assert on["imbalance_before"] > 1.3 and on["imbalance_before"] > on["imbalance_after"] >= 1
     for line in ("warm-up, off: ", "warm-up, active: ", "pair 1 of 1, off: ", "pair 1 of 1, active: "):
         assert f"llep: bench: {line}" in done.stderr
     assert value_of(stack, "mode") == "active"

@@ -61,6 +61,7 @@ def test_counters_of_one_engine() -> None:
         ([(120, 100), (118, 100), (110, 90)], "costs"),
         ([(100, 100.5), (100, 100.2), (100, 100.4)], "no_difference"),
         ([(100, 120), (100, 80), (100, 119), (100, 85), (100, 110)], "no_difference"),
+        ([(100, 3000), (100, 3000)], "not_enough_evidence"),
     ],
 )
 def test_the_verdict_needs_a_gain_and_pairs_that_agree(pairs: list[tuple[float, float]], verdict: str) -> None:
@@ -69,7 +70,7 @@ def test_the_verdict_needs_a_gain_and_pairs_that_agree(pairs: list[tuple[float, 
 
 
 def test_a_latency_that_falls_is_a_gain() -> None:
-    found = summary(runs_of((100, 200), (100, 200)), ("off", "active"), "mean_ttft_ms")
+    found = summary(runs_of((100, 200), (100, 200), (100, 200)), ("off", "active"), "mean_ttft_ms")
     (row,) = (row for row in found["measures"] if row["measure"] == "mean_ttft_ms")
     assert (row["off"], row["on"], row["gain"]) == (10, 5, 1.0) and found["verdict"] == "pays"
     assert found["counted"]["off"] == {"decision_off": 5} and found["counted"]["active"]["lends"] == 200
