@@ -20,6 +20,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from llep.cost import CostModel
+
 PROTOCOL = 2
 
 # Upper bounds of histogram buckets; one more bucket follows for everything above.
@@ -72,10 +74,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_slot: int
     replica_slots_per_rank: int  # resident replicas that each rank has room for, over all layers
     ranks_per_node: int  # ranks 0..n-1 are node 0 and so on; 0: one node
-    has_cost_model: bool  # without one plans predict no gain
     max_model_len: int
     settings: dict[str, Any]  # at start, before any change at run time
     setting_sources: dict[str, str]
+    cost_model: CostModel | None = None  # without one plans predict no gain
 
 
 class Histogram(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from llep.config import Settings
+from llep.cost import cost_model
 from llep.messages import (
     IMBALANCE_BUCKETS,
     LAYER_PHASES,
@@ -70,10 +71,10 @@ class SimulatedEngine:
             bytes_per_slot=44_000_000,
             replica_slots_per_rank=layers,
             ranks_per_node=min(ranks, 8),
-            has_cost_model=True,
             max_model_len=4096,
             settings=settings,
             setting_sources=dict.fromkeys(settings, "default"),
+            cost_model=cost_model("h200"),
         )
         self._settings = settings
 

@@ -7,11 +7,12 @@ How each one is made, with its numbers, is in docs/scheduler.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llep.config import Mode, Settings
+import numpy as np
+
+from llep.config import LendScope, Mode, Settings
 from llep.messages import STEP_PHASES
 from llep.scheduler.evidence import Evidence, Gain
 
@@ -28,6 +29,7 @@ STEP_FACTOR = 2.0  # most that one proposal changes a key by
 SMALLEST_CHANGE = 0.15  # a proposal nearer than that is none
 TOKENS_RANGE = 8  # auto_tune keeps token limits within the start's value / and x this
 MARGIN = 1.5  # a lend must be worth so much more than it costs
+CHUNKS = [round(2 ** (step / 8)) for step in range(16, 8 * 16 + 1)]  # pairs, 4 to 65536: as min_chunk_tokens may be
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,7 @@ def advise(evidence: Evidence) -> Decision:
         )
         return _advice("not_enough_evidence", reason, numbers)
     if evidence.settings.mode is Mode.ACTIVE:
-        return _advise_active(evidence, evidence.gain, numbers)
+        return _advise_active(evidence, numbers)
     if evidence.settings.mode is Mode.SHADOW:
         return _advise_shadow(evidence, numbers)
     if evidence.settings.mode is Mode.OFF:
@@ -64,14 +66,21 @@ def advise(evidence: Evidence) -> Decision:
     return _advise_observe(evidence, numbers)
 
 
-def _advise_active(evidence: Evidence, gain: Gain | None, numbers: dict[str, float | None]) -> Decision:
+def _advise_active(evidence: Evidence, numbers: dict[str, float | None]) -> Decision:
+    gain = evidence.gain
     if gain is None:
         reason = (
             "lending is on, but too few steps were computed by plain EP to compare with: "
             f"probe_ratio is {evidence.settings.probe_ratio:g}, lends {evidence.lends:.0f}"
         )
         return _advice("not_enough_evidence", reason, numbers)
-    measured = f"measured: {_percent(gain.ratio)} ± {_percent(gain.error)} of the time in the layers that lend"
+    lost, kept = _phases_apart(evidence)
+    if lost and kept and kept[1].is_surely_positive:
+        reason = (
+            f"measured: {_plus_minus(kept[1])} of the time is saved in {kept[0]}, {_plus_minus(lost[1])} in {lost[0]}"
+        )
+        return _advice("worth_it", f"{reason}: lend in {kept[0]} only", numbers, kept[1].ratio, phases=kept[0])
+    measured = f"measured: {_plus_minus(gain)} of the time in the layers that lend"
     if gain.is_surely_positive:
         return _advice("worth_it", f"{measured} is saved", numbers, gain.ratio)
     if gain.is_surely_negative:
@@ -80,7 +89,7 @@ def _advise_active(evidence: Evidence, gain: Gain | None, numbers: dict[str, flo
 
 
 def _advise_shadow(evidence: Evidence, numbers: dict[str, float | None]) -> Decision:
-    if evidence.has_cost_model and evidence.layer_seconds > 0:
+    if evidence.cost_model and evidence.layer_seconds > 0:
         ratio = evidence.predicted_gain_s / evidence.layer_seconds
         source = "the cost model predicts"
     else:
@@ -92,9 +101,18 @@ def _advise_observe(evidence: Evidence, numbers: dict[str, float | None]) -> Dec
     ratio = balancing_gain(evidence)
     reason = f"perfect balance would save at most {_percent(ratio)} of the time in MoE layers"
     decided = _verdict(reason, ratio, numbers)
-    if decided.outcome == "worth_it" and not evidence.has_cost_model:
+    if decided.outcome == "worth_it" and evidence.cost_model is None:
         return replace(decided, reason=f"{reason}; mode shadow tells how much of it plans reach")
     return decided
+
+
+def _phases_apart(evidence: Evidence) -> tuple[tuple[str, Gain] | None, tuple[str, Gain] | None]:
+    """The phase of steps in which lending surely loses, and the one that lends too and does not; None where there is
+    none, or both lose."""
+    gains = [(phase, gain) for phase, gain in evidence.gain_by_phase.items() if gain is not None]
+    lost = [(phase, gain) for phase, gain in gains if gain.is_surely_negative]
+    kept = [(phase, gain) for phase, gain in gains if not gain.is_surely_negative]
+    return (lost[0] if len(lost) == 1 else None), (kept[0] if kept else None)
 
 
 def _verdict(reason: str, ratio: float, numbers: dict[str, float | None]) -> Decision:
@@ -132,6 +150,7 @@ def balancing_gain(evidence: Evidence) -> float:
 def numbers_of(evidence: Evidence) -> dict[str, float | None]:
     """What a verdict rests on, for people."""
     gain = evidence.gain
+    by_phase = evidence.gain_by_phase
     return {
         "window_s": round(evidence.window_s, 1),
         "layer_steps": evidence.layer_steps,
@@ -143,10 +162,11 @@ def numbers_of(evidence: Evidence) -> dict[str, float | None]:
         "batch_tokens_decode": _rounded(float(evidence.batch_tokens_P[1])),
         "lends": evidence.lends,
         "lend_bytes": evidence.lend_bytes,
-        "predicted_gain_s": _rounded(evidence.predicted_gain_s) if evidence.has_cost_model else None,
+        "predicted_gain_s": _rounded(evidence.predicted_gain_s) if evidence.cost_model else None,
         "measured_gain_ratio": _rounded(gain.ratio) if gain else None,
         "measured_gain_error": _rounded(gain.error) if gain else None,
         "measured_gain_s": _rounded(gain.saved_s) if gain else None,
+        **{f"measured_gain_ratio_{phase}": _rounded(of.ratio) if of else None for phase, of in by_phase.items()},
         "probed_steps": float(gain.probed_steps) if gain else None,
         "lent_steps": float(gain.lent_steps) if gain else None,
     }
@@ -167,35 +187,47 @@ class Brake:
 def decide_brake(evidence: Evidence, brake: Brake, now_s: float) -> Decision:
     """Turn lending down where it is measured to make the engine slower; again and longer where it does so again.
 
-    First the threshold is raised for BRAKE_S; then, and when that was not enough, the mode is observe, each time for
-    twice as long. A sure gain FORGIVE_AFTER_S after the last time forgets it all.
+    Where one phase of steps surely loses, and the other lends and does not, `phases` is the other. Else the threshold
+    is raised for BRAKE_S first; then, and when that was not enough, the mode is observe. Each time for twice as long.
+    A sure gain FORGIVE_AFTER_S after the last time forgets it all.
     """
     inputs: dict[str, Any] = {**numbers_of(evidence), "strikes": brake.strikes}
-    if now_s < brake.until_s <= now_s + LONGEST_BRAKE_S:  # a clock that was set back must not brake for ever
+    lost, kept = _phases_apart(evidence)
+    gain = lost[1] if lost else evidence.gain
+    is_lost = gain is not None and gain.is_surely_negative
+    # Whatever a long brake still lets lend is judged, but not before it had its time.
+    is_settled = is_lost and now_s - brake.since_s >= BRAKE_S
+    if now_s < brake.until_s <= now_s + LONGEST_BRAKE_S and not is_settled:  # a clock set back must not brake for ever
         inputs["until_s"] = brake.until_s
         return _brake("braking", f"turned down for another {brake.until_s - now_s:.0f} s", inputs)
     if evidence.settings.mode is not Mode.ACTIVE:
         return _brake("nothing", f"mode {evidence.settings.mode} lends nothing", inputs)
-    gain = evidence.gain
     if gain is None:
         return _brake("not_enough_evidence", "too few steps of plain EP to compare with", inputs)
-    measured = f"{_percent(gain.ratio)} ± {_percent(gain.error)}"
-    if not gain.is_surely_negative:
-        if gain.is_surely_positive and brake.strikes and now_s - max(brake.until_s, brake.since_s) > FORGIVE_AFTER_S:
-            return _brake("forgiven", f"lending saves {measured} again: earlier brakes are forgotten", inputs)
-        return _brake("nothing", f"lending saves {measured} of the time in the layers that lend", inputs, gain.ratio)
+    if not is_lost:
+        is_over = now_s - max(brake.until_s, brake.since_s) > FORGIVE_AFTER_S
+        if gain.is_surely_positive and brake.strikes and is_over:
+            return _brake("forgiven", f"lending saves {_plus_minus(gain)} again: earlier brakes are forgotten", inputs)
+        reason = f"lending saves {_plus_minus(gain)} of the time in the layers that lend"
+        return _brake("nothing", reason, inputs, gain.ratio)
     strikes = brake.strikes + 1
     inputs["strikes"] = strikes
     for_s = min(BRAKE_S * 2.0 ** max(strikes - 1, 0), LONGEST_BRAKE_S)
-    raised = round(1.0 + RAISED_FACTOR * max(evidence.settings.imbalance_threshold - 1.0, 0.1), 3)
-    is_mild = strikes == 1 and raised <= 100
-    patch: dict[str, Any] = {"imbalance_threshold": raised} if is_mild else {"mode": "observe"}
-    what = f"imbalance_threshold={raised:g}" if is_mild else "mode=observe"
+    patch = _turned_down(evidence.settings, kept[0] if lost and kept else None, is_first=strikes == 1)
+    what = ", ".join(f"{key}={value}" for key, value in patch.items())
     reason = (
-        f"lending makes the layers that lend slower, by {_percent(-gain.ratio)} ± {_percent(gain.error)} over "
-        f"{evidence.window_s:.0f} s: {what} for {for_s:.0f} s, then it is tried again"
+        f"lending makes the layers that lend slower{f' in {lost[0]}' if lost else ''}, by {_percent(-gain.ratio)} ± "
+        f"{_percent(gain.error)} over {evidence.window_s:.0f} s: {what} for {for_s:.0f} s, then it is tried again"
     )
     return _brake("brake", reason, inputs, -gain.ratio, patch, for_s)
+
+
+def _turned_down(settings: Settings, kept_phase: str | None, *, is_first: bool) -> dict[str, Any]:
+    """The change of settings that lends less. kept_phase: lends on as it does."""
+    if kept_phase is not None:
+        return {"phases": kept_phase}
+    raised = round(1.0 + RAISED_FACTOR * max(settings.imbalance_threshold - 1.0, 0.1), 3)
+    return {"imbalance_threshold": raised} if is_first and raised <= 100 else {"mode": "observe"}
 
 
 def _brake(
@@ -220,20 +252,44 @@ def _brake(
 # Thresholds.
 
 
+@dataclass(frozen=True, slots=True)
+class BreakEven:
+    """From where on lending is worth MARGIN times what it costs, in pairs of one rank. inputs: what it follows from."""
+
+    chunk_pairs: float  # of one expert, lent
+    surplus_pairs: float  # of the fullest rank over the mean, that balancing a layer takes away
+    reason: str
+    inputs: dict[str, Any]
+
+
 def decide_thresholds(evidence: Evidence, start: Settings) -> Decision:
-    """Propose imbalance_threshold, min_chunk_tokens and min_batch_tokens from what lending costs and computing takes.
+    """Propose imbalance_threshold, min_chunk_tokens and min_batch_tokens from what lending costs and computing takes:
+    by the cost model's curve where there is one, else as measured.
 
     With auto_tune the proposal stays within auto_tune_min_threshold to auto_tune_max_threshold, and token limits
     within TOKENS_RANGE times what the engine started with; the caller applies it.
     """
-    settings = evidence.settings
-    costs = _costs(evidence)
-    if costs is None:
+    settings, gain = evidence.settings, evidence.gain
+    found = _measured_break_even(evidence) if evidence.cost_model is None else _predicted_break_even(evidence)
+    batch_tokens = max(evidence.batch_tokens_P[np.isfinite(evidence.batch_tokens_P)], default=0.0)
+    if found is None or batch_tokens <= 0:
         reason = "the layers that lent say too little: lends, their seconds and computing seconds are all needed"
+        if evidence.cost_model is not None:
+            reason = "no batch in the window" if found else "the cost model says that no lend of any size would pay"
         return Decision(kind="thresholds", outcome="not_enough_evidence", reason=reason, inputs=numbers_of(evidence))
-    inputs: dict[str, Any] = {**numbers_of(evidence), **{key: _significant(value) for key, value in costs.items()}}
-    gain = evidence.gain
-    wanted = _break_even(evidence, costs)
+    inputs: dict[str, Any] = {
+        **numbers_of(evidence),
+        "chunk_pairs": _significant(found.chunk_pairs),
+        "surplus_pairs": _significant(found.surplus_pairs),
+        **found.inputs,
+    }
+    pairs_per_rank = batch_tokens * evidence.top_k / evidence.ep_size  # of the batches that are large enough to lend
+    excess = max((evidence.mean_ratio(evidence.before_P) or 1.0) - 1.0, 0.05)
+    wanted = {
+        "imbalance_threshold": 1.0 + found.surplus_pairs / pairs_per_rank,
+        "min_chunk_tokens": found.chunk_pairs,
+        "min_batch_tokens": found.surplus_pairs / excess * evidence.ep_size / evidence.top_k,
+    }
     if gain is not None and gain.is_surely_negative:  # what is measured beats what is reckoned
         wanted["imbalance_threshold"] = max(
             wanted["imbalance_threshold"], 1.0 + RAISED_FACTOR * (settings.imbalance_threshold - 1.0)
@@ -245,45 +301,56 @@ def decide_thresholds(evidence: Evidence, start: Settings) -> Decision:
     if not patch:
         reason = "what lending costs and saves bears out the settings that hold"
         return Decision(kind="thresholds", outcome="nothing", reason=reason, inputs=inputs)
-    reason = (
-        f"a layer that lends costs {1e3 * costs['overhead_s']:.3g} ms and one lend {1e3 * costs['lend_s']:.3g} ms, "
-        f"a pair computes in {1e9 * costs['pair_s']:.3g} ns: "
-        + ", ".join(f"{key} {getattr(settings, key):g} -> {value:g}" for key, value in patch.items())
+    changes = ", ".join(f"{key} {getattr(settings, key):g} -> {value:g}" for key, value in patch.items())
+    return Decision(
+        kind="thresholds", outcome="propose", reason=f"{found.reason}: {changes}", inputs=inputs, patch=patch
     )
-    return Decision(kind="thresholds", outcome="propose", reason=reason, inputs=inputs, patch=patch)
 
 
-def _costs(evidence: Evidence) -> dict[str, float] | None:
-    """Measured means: seconds that one lending layer-step costs besides computing, of one lend, of one pair."""
+def _predicted_break_even(evidence: Evidence) -> BreakEven | None:
+    """By the cost model: half of an expert's pairs, lent, must save MARGIN times what lending takes. None: never."""
+    model, size = evidence.cost_model, evidence.bytes_per_expert
+    assert model is not None
+    is_near = evidence.is_one_node or evidence.settings.lend_scope is LendScope.NODE
+    link = model.node_link if is_near else model.network_link
+    lend_s = link.latency_s + size / link.bytes_per_s + model.gemm_launch_s
+
+    def fewest(cost_s: float) -> int | None:
+        saved = ((pairs, model.expert_s(2 * pairs, size) - model.expert_s(pairs, size)) for pairs in CHUNKS)
+        return next((pairs for pairs, saved_s in saved if saved_s >= MARGIN * cost_s), None)
+
+    chunk_pairs, surplus_pairs = fewest(lend_s), fewest(lend_s + model.plan_s)
+    if chunk_pairs is None or surplus_pairs is None:
+        return None
+    reason = (
+        f"by the cost model {model.name} a lend takes {1e3 * lend_s:.3g} ms and pays from {chunk_pairs} pairs on, "
+        f"{surplus_pairs} with its plan"
+    )
+    return BreakEven(chunk_pairs, surplus_pairs, reason, {"lend_s": _significant(lend_s)})
+
+
+def _measured_break_even(evidence: Evidence) -> BreakEven | None:
+    """From the seconds that lending layers took to plan, lend and compute; None without enough of them."""
     lending_steps = evidence.decisions.get("lend", 0.0)
     compute_s = evidence.phase_seconds.get("compute", 0.0)
     pairs = float(evidence.tokens_P.sum()) * evidence.top_k * evidence.num_layers
     after = evidence.mean_ratio(evidence.after_P)
     if lending_steps < FEWEST_LAYER_STEPS / 4 or evidence.lends <= 0 or compute_s <= 0 or pairs <= 0 or after is None:
         return None
+    pair_s = compute_s / (pairs / evidence.ep_size * after)  # the most loaded rank's pairs take as long
+    lend_s = evidence.phase_seconds.get("lend", 0.0) / max(evidence.lends / evidence.ep_size, 1.0)
     overhead_s = sum(evidence.phase_seconds.get(phase, 0.0) for phase in ("plan", "lend")) / lending_steps
-    lends_by_rank = evidence.lends / evidence.ep_size
-    return {
-        "overhead_s": overhead_s,
-        "lend_s": evidence.phase_seconds.get("lend", 0.0) / max(lends_by_rank, 1.0),
-        "pair_s": compute_s / (pairs / evidence.ep_size * after),  # the most loaded rank's pairs take as long
-        "layer_compute_s": compute_s / evidence.layer_steps,
-    }
-
-
-def _break_even(evidence: Evidence, costs: Mapping[str, float]) -> dict[str, float]:
-    """Where a lend saves MARGIN times what it costs."""
-    overhead_s, pair_s = MARGIN * costs["overhead_s"], costs["pair_s"]
-    before = evidence.mean_ratio(evidence.before_P) or 1.0
-    # A layer whose balanced compute takes c seconds takes c x ratio without lending.
-    balanced_s = costs["layer_compute_s"] / max(evidence.mean_ratio(evidence.after_P) or 1.0, 1.0)
-    excess = max(before - 1.0, 0.05)
-    return {
-        "imbalance_threshold": 1.0 + overhead_s / balanced_s,
-        "min_chunk_tokens": MARGIN * costs["lend_s"] / pair_s,
-        # tokens x top_k / ranks x excess x pair_s is what balancing saves of a batch.
-        "min_batch_tokens": overhead_s * evidence.ep_size / (pair_s * evidence.top_k * excess),
-    }
+    reason = (
+        f"a layer that lends costs {1e3 * overhead_s:.3g} ms and one lend {1e3 * lend_s:.3g} ms, "
+        f"a pair computes in {1e9 * pair_s:.3g} ns"
+    )
+    inputs = {"overhead_s": overhead_s, "lend_s": lend_s, "pair_s": pair_s}
+    return BreakEven(
+        chunk_pairs=MARGIN * lend_s / pair_s,
+        surplus_pairs=MARGIN * overhead_s / pair_s,
+        reason=reason,
+        inputs={key: _significant(value) for key, value in inputs.items()},
+    )
 
 
 def _range(key: str, settings: Settings, start: Settings) -> tuple[float, float]:
@@ -308,6 +375,10 @@ def _towards(value: float, wanted: float, bounds: tuple[float, float]) -> float 
 
 def _percent(ratio: float) -> str:
     return f"{100 * ratio:.1f}%"
+
+
+def _plus_minus(gain: Gain) -> str:
+    return f"{_percent(gain.ratio)} ± {_percent(gain.error)}"
 
 
 def _rounded(value: float | None) -> float | None:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from llep.config import Settings
+from llep.cost import CostModel
+from llep.messages import STEP_PHASES
 
 Floats = npt.NDArray[np.float64]
 
@@ -81,7 +84,9 @@ class Evidence:
     ep_size: int
     num_layers: int
     top_k: int
-    has_cost_model: bool
+    bytes_per_expert: int
+    is_one_node: bool
+    cost_model: CostModel | None
     tokens_P: Floats
     layer_steps_P: Floats
     before_P: Floats  # mean imbalance ratio under plain EP
@@ -108,9 +113,13 @@ class Evidence:
         total = sum(self.phase_seconds.values())
         return self.phase_seconds.get("compute", 0.0) / total if total > 0 else 1.0
 
-    @property
+    @cached_property
     def gain(self) -> Gain | None:
         return measured_gain(self.worth_NPW)
+
+    @cached_property
+    def gain_by_phase(self) -> dict[str, Gain | None]:
+        return {phase: measured_gain(self.worth_NPW[:, [at]]) for at, phase in enumerate(STEP_PHASES)}
 
     @property
     def batch_tokens_P(self) -> Floats:

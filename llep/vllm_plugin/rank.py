@@ -310,10 +310,10 @@ class Rank:
             bytes_per_slot=layer.placed.bytes_per_expert,
             replica_slots_per_rank=next(iter(self._rooms.values())).rows,
             ranks_per_node=self._ranks_per_node or 0,
-            has_cost_model=self._cost_model is not None,
             max_model_len=model.max_model_len,
             settings=self._start_settings.dump(),
             setting_sources=self._sources,
+            cost_model=self._cost_model,
         )
 
     def _name_of_rank_0(self, name: str) -> str:

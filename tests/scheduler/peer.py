@@ -189,7 +189,6 @@ class Workers:
             bytes_per_slot=BYTES_PER_SLOT,
             replica_slots_per_rank=4,
             ranks_per_node=0,
-            has_cost_model=False,
             max_model_len=1024,
             settings=self.start.dump(),
             setting_sources=dict.fromkeys(Settings.model_fields, "environment"),

@@ -214,7 +214,6 @@ class Engine:
             bytes_per_slot=BYTES_PER_SLOT,
             replica_slots_per_rank=self.replica_slots_per_rank,
             ranks_per_node=self.ranks_per_node,
-            has_cost_model=False,
             max_model_len=4096,
             settings=self.start_settings,
             setting_sources=dict.fromkeys(self.start_settings, "default"),

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llep.config import Settings
+from llep.cost import CostModel, Link, cost_model
+from llep.messages import STEP_PHASES
 from llep.planning.replicas import Forecast, Replica
 from llep.scheduler.decide import (
     BRAKE_S,
@@ -30,14 +32,14 @@ NOW_S = 1e6
 
 
 def worth(
-    gain_ratio: float, windows: int = 30, noise: float = 0.05, probed_steps: float = 2.0, seed: int = 0
+    gain_ratio: float, windows: int = 30, noise: float = 0.05, probed_steps: float = 2.0, seed: int = 0, phase: int = 0
 ) -> np.ndarray[Any, Any]:
-    """Windows [N, P, 6] of lending that saves gain_ratio of plain EP's time, give or take noise; in prefill only."""
+    """Windows [N, P, 6] of lending that saves gain_ratio of plain EP's time, give or take noise; in one phase only."""
     rng = np.random.default_rng(seed)
     lent = 1.0 - gain_ratio + noise * rng.standard_normal(windows)
     probed = 1.0 + noise * rng.standard_normal(windows)
     found = np.zeros((windows, 2, 6))
-    found[:, 0] = np.stack(
+    found[:, phase] = np.stack(
         [
             *(lent, np.full(windows, 1000.0), np.full(windows, 40.0)),
             *(0.01 * probed * probed_steps, np.full(windows, 10.0 * probed_steps), np.full(windows, probed_steps)),
@@ -55,7 +57,9 @@ def evidence(**changes: Any) -> Evidence:
         "ep_size": 8,
         "num_layers": 10,
         "top_k": 4,
-        "has_cost_model": False,
+        "bytes_per_expert": 1 << 20,
+        "is_one_node": True,
+        "cost_model": None,
         "tokens_P": np.array([600_000.0, 6000.0]),
         "layer_steps_P": np.array([3000.0, 3000.0]),
         "before_P": np.array([1.8, 1.6]),
@@ -113,12 +117,12 @@ VERDICTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "observe, small batches": ({"settings": Settings(mode="observe", min_batch_tokens=9999)}, "not_worth_it", {}),
     "shadow, predicted": (
-        {"settings": Settings(mode="shadow"), "has_cost_model": True, "predicted_gain_s": 20.0},
+        {"settings": Settings(mode="shadow"), "cost_model": cost_model("h200"), "predicted_gain_s": 20.0},
         "worth_it",
         {"mode": "active"},
     ),
     "shadow, no gain": (
-        {"settings": Settings(mode="shadow"), "has_cost_model": True, "predicted_gain_s": 0.1},
+        {"settings": Settings(mode="shadow"), "cost_model": cost_model("h200"), "predicted_gain_s": 0.1},
         "not_worth_it",
         {},
     ),
@@ -136,20 +140,61 @@ def test_advice(name: str) -> None:
     assert found.reason and found.inputs["layer_steps"] == float(evidence(**changes).layer_steps_P.sum())
 
 
+def braked(brake: Brake, now_s: float, evidence: Evidence) -> tuple[Any, Brake]:
+    """One decision to turn lending down, and the brake after it."""
+    decision = decide_brake(evidence, brake, now_s)
+    assert decision.outcome == "brake" and decision.for_s is not None and "slower" in decision.reason, decision
+    return decision, Brake(brake.strikes + 1, now_s, now_s + decision.for_s)
+
+
 def test_the_brake_first_raises_the_threshold_then_observes_ever_longer() -> None:
     slow, brake, now_s = evidence(worth_NPW=worth(-0.1)), Brake(), NOW_S
     durations, patches = [], []
     for _ in range(12):
-        decision = decide_brake(slow, brake, now_s)
-        assert decision.outcome == "brake" and decision.for_s is not None and "slower" in decision.reason
+        decision, brake = braked(brake, now_s, slow)
         durations.append(decision.for_s)
         patches.append(decision.patch)
-        brake = Brake(brake.strikes + 1, now_s, now_s + decision.for_s)
-        assert decide_brake(slow, brake, now_s + decision.for_s / 2).outcome == "braking"
+        is_mild = decision.patch == {"imbalance_threshold": 1.45}
+        halfway = slow if is_mild else evidence(settings=Settings(mode="observe"), worth_NPW=worth(0, 0))
+        assert decide_brake(halfway, brake, now_s + decision.for_s / 2).outcome == "braking"
         now_s += decision.for_s
     assert patches[0] == {"imbalance_threshold": 1.45} and patches[1:] == [{"mode": "observe"}] * 11
     assert durations[:3] == [BRAKE_S, 2 * BRAKE_S, 4 * BRAKE_S]
     assert durations == sorted(durations) and durations[-1] == LONGEST_BRAKE_S
+
+
+SURE = st.floats(0.05, 0.5)  # beyond the noise of `worth` here
+
+
+@given(SURE, SURE, st.sampled_from([0, 1]), st.integers(0, 20))
+def test_the_brake_spares_the_phase_that_does_not_lose(loss: float, gain: float, losing: int, seed: int) -> None:
+    """Whatever both phases come to together."""
+    windows = worth(-loss, noise=0.01, seed=seed, phase=losing) + worth(gain, noise=0.01, seed=seed, phase=1 - losing)
+    brake, now_s = Brake(), NOW_S
+    for strike in range(3):
+        decision, brake = braked(brake, now_s, evidence(worth_NPW=windows))
+        assert decision.patch == {"phases": STEP_PHASES[1 - losing]} and decision.for_s == BRAKE_S * 2**strike
+        assert f"in {STEP_PHASES[losing]}" in decision.reason
+        now_s += decision.for_s
+    advice = advise(evidence(worth_NPW=windows))
+    assert (advice.outcome, advice.patch) == ("worth_it", {"phases": STEP_PHASES[1 - losing]})
+
+
+@given(SURE, SURE, st.integers(0, 20))
+def test_where_both_phases_lose_both_are_turned_down(prefill: float, decode: float, seed: int) -> None:
+    windows = worth(-prefill, noise=0.01, seed=seed) + worth(-decode, noise=0.01, seed=seed, phase=1)
+    first, brake = braked(Brake(), NOW_S, evidence(worth_NPW=windows))
+    second, _ = braked(brake, NOW_S + BRAKE_S, evidence(worth_NPW=windows))
+    assert first.patch == {"imbalance_threshold": 1.45} and second.patch == {"mode": "observe"}
+
+
+def test_the_phase_that_was_spared_is_judged_again_while_the_brake_is_long() -> None:
+    brake = Brake(5, NOW_S, NOW_S + 32 * BRAKE_S)
+    slow = evidence(settings=Settings(phases="decode"), worth_NPW=worth(-0.1, phase=1))
+    assert decide_brake(slow, brake, NOW_S + BRAKE_S / 2).outcome == "braking"
+    assert decide_brake(evidence(), brake, NOW_S + 2 * BRAKE_S).outcome == "braking"
+    again = decide_brake(slow, brake, NOW_S + BRAKE_S)
+    assert again.patch == {"mode": "observe"} and again.for_s == 32 * BRAKE_S
 
 
 def test_the_brake_forgets_after_a_sure_gain_long_enough() -> None:
@@ -212,6 +257,65 @@ def test_dear_lends_raise_thresholds_and_cheap_ones_lower_them() -> None:
 def test_without_lends_nothing_is_proposed() -> None:
     found = decide_thresholds(evidence(lends=0.0, decisions={}), Settings())
     assert found.outcome == "not_enough_evidence" and not found.patch
+
+
+NO_LENDS: dict[str, Any] = {"lends": 0.0, "decisions": {}, "phase_seconds": {}, "worth_NPW": worth(0)[:0]}
+
+
+def modelled(link_bytes_per_s: float = 1e9, **changes: Any) -> Evidence:
+    """An engine that has not lent, whose experts of 1 MiB take 1 ms up to 100 pairs, then 10 us a pair."""
+    model = CostModel(
+        name="mine",
+        source="a test",
+        expert_bytes=1 << 20,
+        gemm_curve=((1, 1e-3), (100, 1e-3), (1000, 1e-2)),
+        gemm_launch_s=0.0,
+        node_link=Link(0.0, link_bytes_per_s),
+        network_link=Link(0.0, link_bytes_per_s / 100),
+        plan_s=1e-3,
+    )
+    return evidence(cost_model=model, **NO_LENDS, **changes)
+
+
+def test_the_cost_model_gives_thresholds_before_anything_is_lent() -> None:
+    """A lend of 1.05 ms pays, 1.5 times, from 158 pairs on, and with its plan of 1 ms from 308 on; batches here have
+    2000 x 4 / 8 = 1000 pairs a rank and an imbalance of 1.7."""
+    start = Settings(min_batch_tokens=400, min_chunk_tokens=128, imbalance_threshold=1.5)
+    found = decide_thresholds(modelled(settings=start), start)
+    assert (found.inputs["chunk_pairs"], found.inputs["surplus_pairs"]) == (166.0, 332.0)
+    assert found.patch == {
+        "imbalance_threshold": 1.332,
+        "min_chunk_tokens": 166,
+        "min_batch_tokens": 800,
+    }
+    assert "by the cost model mine a lend takes 1.05 ms and pays from 166 pairs on" in found.reason
+
+
+@given(st.floats(1e6, 1e13), st.floats(1.1, 10.0), st.floats(1.05, 3.0))
+def test_slower_links_never_lower_a_threshold(bytes_per_s: float, times: float, threshold: float) -> None:
+    start = Settings(imbalance_threshold=threshold, auto_tune_min_threshold=1.0, auto_tune_max_threshold=100.0)
+    fast, slow = (
+        decide_thresholds(modelled(link_bytes_per_s=rate, settings=start), start)
+        for rate in (bytes_per_s, bytes_per_s / times)
+    )
+    if slow.outcome == "not_enough_evidence":
+        assert "no lend of any size would pay" in slow.reason
+        return
+    for key in ("imbalance_threshold", "min_chunk_tokens", "min_batch_tokens"):
+        assert fast.patch.get(key, getattr(start, key)) <= slow.patch.get(key, getattr(start, key))
+
+
+def test_an_engine_over_several_nodes_is_reckoned_by_its_network() -> None:
+    near, far, within = (
+        decide_thresholds(modelled(is_one_node=is_one_node, settings=Settings(lend_scope=scope)), Settings())
+        for is_one_node, scope in ((True, "any"), (False, "any"), (False, "node"))
+    )
+    assert near.inputs["chunk_pairs"] == within.inputs["chunk_pairs"] < far.inputs["chunk_pairs"]
+
+
+def test_without_a_batch_the_cost_model_proposes_nothing() -> None:
+    idle = {"tokens_P": np.zeros(2), "layer_steps_P": np.zeros(2)}
+    assert decide_thresholds(modelled(**idle), Settings()).outcome == "not_enough_evidence"
 
 
 # Placement.
