@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 
 from llep.config import Settings
@@ -24,7 +25,7 @@ from llep.scheduler.decide import (
     decide_brake,
     decide_thresholds,
 )
-from llep.scheduler.decide_placement import COOL_DOWN_S, Ground, decide_placement, refusal, room
+from llep.scheduler.decide_placement import COOL_DOWN_ROUNDS, Ground, decide_placement, refusal, room
 from llep.scheduler.evidence import Evidence, measured_gain
 from llep.scheduler.rings import Ring
 
@@ -166,6 +167,7 @@ def test_the_brake_first_raises_the_threshold_then_observes_ever_longer() -> Non
 SURE = st.floats(0.05, 0.5)  # beyond the noise of `worth` here
 
 
+@given_settings(max_examples=30)
 @given(SURE, SURE, st.sampled_from([0, 1]), st.integers(0, 20))
 def test_the_brake_spares_the_phase_that_does_not_lose(loss: float, gain: float, losing: int, seed: int) -> None:
     """Whatever both phases come to together."""
@@ -180,6 +182,7 @@ def test_the_brake_spares_the_phase_that_does_not_lose(loss: float, gain: float,
     assert (advice.outcome, advice.patch) == ("worth_it", {"phases": STEP_PHASES[1 - losing]})
 
 
+@given_settings(max_examples=30)
 @given(SURE, SURE, st.integers(0, 20))
 def test_where_both_phases_lose_both_are_turned_down(prefill: float, decode: float, seed: int) -> None:
     windows = worth(-prefill, noise=0.01, seed=seed) + worth(-decode, noise=0.01, seed=seed, phase=1)
@@ -398,7 +401,9 @@ def test_two_windows_are_not_believed() -> None:
 
 def test_changes_wait_for_the_one_before() -> None:
     hot = ground(hot_windows(10, lambda number: 3))
-    assert decide(hot, since_s=COOL_DOWN_S / 2)[0].outcome == "cooling_down"
+    cool_down_s = COOL_DOWN_ROUNDS * hot.evidence.settings.decide_every_s
+    assert decide(hot, since_s=0.9 * cool_down_s)[0].outcome == "cooling_down"
+    assert decide(hot, since_s=1.1 * cool_down_s)[0].outcome == "order"
     assert decide(hot, is_filling=True)[0].outcome == "filling"
 
 
