@@ -15,17 +15,20 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import zmq
 
 from llep.messages import Report, decode_directive, encode
 from llep.moe.agreement import AgreedSettings
-from llep.moe.replicas import Replicas
+
+if TYPE_CHECKING:
+    from llep.moe.replicas import Replicas
 
 logger = logging.getLogger("vllm.llep")
 
-LONGEST_RESTART_PAUSE_S = 20.0
-STEADY_AFTER_S = 30.0
+LONGEST_RESTART_PAUSE_S = 5.0
+STEADY_AFTER_S = 20.0
 SIGN_OF_LIFE_S = 2.0  # an empty frame, so that an agent started anew soon knows who is there
 MIN_POLL_S, MAX_POLL_S = 0.01, 0.25
 
@@ -113,8 +116,8 @@ class Courier(threading.Thread):
                     next_report_s = 0.0
             except zmq.Again:
                 pass  # the agent is away: the next report says it all
-            except (ValueError, OSError, zmq.ZMQError) as error:
-                logger.warning("llep: the talk with the agent failed, serving goes on: %s", error)
+            except Exception as error:  # whatever it is: if this thread ended, nobody would hear of this rank again
+                logger.warning("llep: the talk with the agent failed, serving goes on: %r", error)
                 time.sleep(1.0)
 
 

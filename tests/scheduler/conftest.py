@@ -85,17 +85,20 @@ class RayHead:
 
 @dataclass
 class RunningEngine:
-    """Workers that step for ever, and the agent beside them."""
+    """Workers that step for ever, and the agent beside them. has_own_agent: they start it, and again when it ends."""
 
     name: str
     folder: Path
     start: dict[str, Any] = field(default_factory=dict)
+    has_own_agent: bool = False
     agent: subprocess.Popen[bytes] | None = None
     workers: subprocess.Popen[bytes] | None = None
+    starts: int = 0
 
     @property
     def _socket(self) -> str:
-        return str(self.folder / f"{self.name}.sock")
+        """Another for each life of the workers, if the agent goes with them."""
+        return str(self.folder / (f"{self.name}-{self.starts}.sock" if self.has_own_agent else f"{self.name}.sock"))
 
     def start_agent(self) -> None:
         command = [*(sys.executable, "-m", "llep.scheduler.agent", "--socket", self._socket, "--engine", self.name)]
@@ -103,11 +106,30 @@ class RunningEngine:
             self.agent = subprocess.Popen([*command, "--parent-pid", str(os.getpid())], stderr=log)
 
     def start_workers(self) -> None:
+        self.starts += 1
+        self._status_file.unlink(missing_ok=True)
         start = [text for key, value in self.start.items() for text in (f"--{key}", json.dumps(value))]
         command = [sys.executable, "-m", "tests.scheduler.peer", "--socket", self._socket, "--engine", self.name]
-        options = ["--status", str(self._status_file), *start]
-        self.workers = subprocess.Popen([*command, *options], cwd=REPO)
+        options = ["--status", str(self._status_file), *(["--agent"] if self.has_own_agent else []), *start]
+        with (self.folder / f"{self.name}.agent.log").open("ab") as log:
+            self.workers = subprocess.Popen([*command, *options], cwd=REPO, stderr=log)
         wait_for(self._status_file.exists)
+
+    def kill_workers(self) -> None:
+        assert self.workers is not None
+        self.workers.kill()
+        self.workers.wait()
+
+    def own_agents(self) -> list[int]:
+        """Processes that the workers have started."""
+        assert self.workers is not None
+        lists = Path(f"/proc/{self.workers.pid}/task").glob("*/children")
+        return [int(pid) for children in lists for pid in children.read_text().split()]
+
+    def fail_reports(self) -> None:
+        """The next reports of every rank's courier fail."""
+        assert self.workers is not None
+        self.workers.send_signal(signal.SIGUSR1)
 
     def kill_agent(self) -> None:
         assert self.agent is not None

@@ -1,7 +1,8 @@
-"""An engine's workers as the agent sees them: ZMQ DEALERs that report what random steps under the live settings did.
+"""An engine's workers as the agent sees them: they report what random steps under the live settings did.
 
 `Workers` makes the reports; `python -m tests.scheduler.peer` is a process of its own that steps for ever, so that one
-can see whether it goes on when everything else is gone.
+can see whether it goes on when everything else is gone. It talks as vLLM's workers do: settings agreed by
+llep.moe.agreement, and llep.vllm_plugin.courier's thread for each rank. SIGUSR1: the next reports fail.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import threading
 import time
 import uuid
 from collections import Counter, deque
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
-import zmq
 
 from llep.config import Mode, Settings
 from llep.loads import imbalance_ratio
@@ -37,13 +41,12 @@ from llep.messages import (
     PlanSample,
     Report,
     Worth,
-    decode_directive,
-    encode,
 )
+from llep.moe.agreement import AgreedSettings
+from llep.vllm_plugin.courier import AgentProcess, Courier
 
 BYTES_PER_SLOT = 1000
 STEP_S = 0.02
-HELLO_EVERY_S = 1.0
 
 
 class Workers:
@@ -232,54 +235,71 @@ def main() -> None:
     parser.add_argument("--socket", required=True)
     parser.add_argument("--engine", required=True)
     parser.add_argument("--status", type=Path, required=True, help="file that says how far it is")
+    parser.add_argument("--agent", action="store_true", help="start the agent too, and again whenever it ends")
     arguments, rest = parser.parse_known_args()
     start = {key.lstrip("-"): json.loads(value) for key, value in zip(rest[::2], rest[1::2], strict=True)}
-    run(Workers(arguments.engine, **start), arguments.socket, arguments.status)
+    run(Workers(arguments.engine, **start), arguments.socket, arguments.status, has_agent=arguments.agent)
 
 
-def run(workers: Workers, path: str, status: Path) -> None:
-    sockets = [_connect(path) for _ in range(workers.ep_size)]
-    next_report_s = next_hello_s = 0.0
+class Ranks:
+    """All ranks of one engine in this process, each with what a vLLM worker has: agreed settings and a courier."""
+
+    def __init__(self, workers: Workers, socket: str, *, has_agent: bool) -> None:
+        self._workers = workers
+        self._lock = threading.Lock()
+        self._agreed = [AgreedSettings(workers.start) for _ in range(workers.ep_size)]
+        self._replicas: Any = SimpleNamespace(live_number=0)
+        self._seqs = [0] * workers.ep_size
+        self.num_reports_to_fail = 0
+        for rank, agreed in enumerate(self._agreed):
+            agent = AgentProcess(socket, workers.engine) if has_agent and rank == 0 else None
+            Courier(socket, partial(self._report, rank), agreed, self._replicas, agent).start()
+
+    def step(self) -> None:
+        workers = self._workers
+        with self._lock:
+            number = workers.step_number + 1
+            said = [agreed.header(number, 100, is_dummy=False, is_prefill=True) for agreed in self._agreed]
+            for agreed in self._agreed:
+                agreed.agree(np.stack(said))
+            live = self._agreed[0].live
+            if live.number > workers.live_revision:
+                workers.take(
+                    Directive(
+                        protocol=PROTOCOL,
+                        engine=workers.engine,
+                        revision=live.number,
+                        settings=live.settings.dump(),
+                        placement=live.placement,
+                    )
+                )
+                self._replicas.live_number = live.placement.number if live.placement else 0
+            workers.step()
+
+    def _report(self, rank: int) -> Report:
+        if self.num_reports_to_fail:
+            self.num_reports_to_fail -= 1
+            raise RuntimeError("a report that fails, for a test")
+        with self._lock:
+            self._seqs[rank] += 1
+            agreed = self._agreed[rank]
+            report = self._workers.report(rank)
+            held, error = agreed.held.number, agreed.last_error
+            return msgspec.structs.replace(report, seq=self._seqs[rank], held_revision=held, last_apply_error=error)
+
+
+def run(workers: Workers, socket: str, status: Path, *, has_agent: bool) -> None:
+    ranks = Ranks(workers, socket, has_agent=has_agent)
+
+    def fail_reports(*_: Any) -> None:
+        ranks.num_reports_to_fail = 2 * workers.ep_size
+
+    signal.signal(signal.SIGUSR1, fail_reports)
     parent = os.getppid()
     while os.getppid() == parent:
-        live_revision = workers.live_revision
-        workers.step()
-        is_asked = any([_receive(workers, socket) for socket in sockets])
-        if time.monotonic() >= next_report_s or is_asked or workers.live_revision > live_revision:
-            next_report_s = time.monotonic() + workers.live.report_interval_s
-            for socket, report in zip(sockets, workers.reports(), strict=True):
-                _send(socket, encode(report))
-        if time.monotonic() >= next_hello_s:
-            next_hello_s = time.monotonic() + HELLO_EVERY_S
-            for socket in sockets:
-                _send(socket, b"")
+        ranks.step()
         _write(status, workers)
         time.sleep(STEP_S)
-
-
-def _send(socket: zmq.Socket[bytes], frame: bytes) -> None:
-    with suppress(zmq.Again):  # the agent is away
-        socket.send(frame, zmq.NOBLOCK)
-
-
-def _connect(path: str) -> zmq.Socket[bytes]:
-    socket = zmq.Context.instance().socket(zmq.DEALER)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, 2)
-    socket.setsockopt(zmq.RECONNECT_IVL, 100)
-    socket.connect(f"ipc://{path}")
-    return socket
-
-
-def _receive(workers: Workers, socket: zmq.Socket[bytes]) -> bool:
-    """Whether the agent asks for a report; a directive is taken."""
-    asks = False
-    while socket.poll(0):
-        frame = socket.recv()
-        if frame:
-            workers.take(decode_directive(frame))
-        asks = True
-    return asks
 
 
 def _write(status: Path, workers: Workers) -> None:
