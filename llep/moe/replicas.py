@@ -170,7 +170,9 @@ class Replicas:
         if list(weights_R) != self._weights_R:
             self._weights_R = list(weights_R)
             if self.filled:
-                logger.info("llep: weights were loaded anew: all %d resident replicas are dropped", self.filled)
+                logger.info(
+                    "llep: weights were loaded anew, or woken up: all %d resident replicas are dropped", self.filled
+                )
             self._acting, self._filled, self.live_number, self._order = {}, {}, 0, None
         if order is not self._order:
             if order != self._order:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,28 +22,43 @@ from llep.moe.slots import is_lendable
 _SHARED_BY_EXPERTS = ("w13_input_scale", "w2_input_scale", "e_score_correction_bias", "hash_indices_table")
 
 
+# All of vLLM's workers that can sleep; the others derive from one of them.
+_WORKERS = (("vllm.v1.worker.gpu_worker", "Worker"), ("vllm.v1.worker.cpu_worker", "CPUWorker"))
+
 _num_loads = 0
 
 
 def count_loads() -> None:
-    """Have vLLM tell whenever it loads weights of experts, also anew while serving, by whatever way. Once."""
-    loader = RoutedExperts.weight_loader
-    if hasattr(loader, "is_counted_by_llep"):
-        return
+    """Have vLLM tell whenever it loads weights of experts, also anew while serving, by whatever way."""
+    _count_calls(RoutedExperts, "weight_loader")
 
-    @functools.wraps(loader)
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        global _num_loads
-        _num_loads += 1
-        return loader(*args, **kwargs)
 
-    counted.is_counted_by_llep = True  # type: ignore[attr-defined]
-    RoutedExperts.weight_loader = counted
+def count_wakes() -> None:
+    """Have the workers that are loaded tell when they wake up: what was asleep may have lost its weights."""
+    for module, name in _WORKERS:
+        if worker := getattr(sys.modules.get(module), name, None):
+            _count_calls(worker, "wake_up")
 
 
 def num_loads() -> int:
-    """How often weights of an expert were loaded in this process."""
+    """How often weights of an expert were loaded in this process, or woken up."""
     return _num_loads
+
+
+def _count_calls(owner: type, name: str) -> None:
+    """Harmless when repeated."""
+    method = getattr(owner, name)
+    if hasattr(method, "is_counted_by_llep"):
+        return
+
+    @functools.wraps(method)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        global _num_loads
+        _num_loads += 1
+        return method(*args, **kwargs)
+
+    counted.is_counted_by_llep = True  # type: ignore[attr-defined]
+    setattr(owner, name, counted)
 
 
 class VllmExperts:

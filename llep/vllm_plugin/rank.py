@@ -46,7 +46,7 @@ from llep.shapes import ModelShape
 from llep.spool import spool_dir
 from llep.vllm_plugin.courier import AgentProcess, Courier
 from llep.vllm_plugin.dummy import is_dummy_run, mark_dummy_runs
-from llep.vllm_plugin.experts import VllmExperts, num_loads
+from llep.vllm_plugin.experts import VllmExperts, count_wakes, num_loads
 from llep.vllm_plugin.recording import Recorder
 
 logger = logging.getLogger("vllm.llep")
@@ -116,6 +116,7 @@ class Rank:
         self._has_lent = False
         self._is_trusted = True  # until a verified step differs
         mark_dummy_runs()
+        count_wakes()
         warm_up()  # compiles the planners on a machine's first start, and takes them from the cache afterwards
         group = get_ep_group()
         self._transport = Transport(group.ranks, group.device, settings.watchdog_s)

@@ -75,6 +75,11 @@ class Engine:
     def reload(self) -> None:
         self._llm.collective_rpc("reload_weights")
 
+    def sleep_and_wake_up(self) -> None:
+        """As far as a CPU goes: its worker is told, and keeps its weights."""
+        self._llm.sleep(level=1)
+        self._llm.wake_up()
+
     def reports(self) -> list[Report]:
         return [decode_report(data) for data in self._llm.collective_rpc("llep_report")]
 
@@ -115,6 +120,8 @@ def main(model: str) -> None:
     note("lending too")
     engine.reload()
     note("reloaded")
+    engine.sleep_and_wake_up()
+    note("woken up")
     engine.tell(None, min_batch_tokens=16)
     note("rolled back")
     print("FOUND " + json.dumps(found))

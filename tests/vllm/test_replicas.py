@@ -43,11 +43,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert done.returncode == 0, (folder / "log").read_text()[-4000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
     phases: dict[str, Any] = json.loads(line.removeprefix("FOUND "))
+    phases["home"]["log"] = done.stdout + (folder / "log").read_text()
     return phases
 
 
 def test_the_same_tokens_whatever_is_resident(found: dict[str, Any]) -> None:
-    assert len(found) == 6
+    assert len(found) == 7
     for phase, seen in found.items():
         assert seen["said"] == found["home"]["said"], phase
 
@@ -59,7 +60,14 @@ def test_placements_go_live_are_refused_and_rolled_back(found: dict[str, Any]) -
     assert all("a copy at home: expert 0 lives on rank 0" in error for error in found["refused"]["errors"])
     assert found["lending too"]["live"] == [[4, 4, 3]] * 2 and found["lending too"]["errors"] == ["", ""]
     assert found["reloaded"]["live"] == [[4, 4, 3]] * 2
+    assert found["woken up"]["live"] == [[4, 4, 3]] * 2
     assert found["rolled back"]["live"] == [[5, 0, 0]] * 2
+
+
+def test_weights_that_may_have_changed_drop_all_replicas(found: dict[str, Any]) -> None:
+    """After the reload and after the wake-up, on both ranks; and they are copied anew."""
+    assert found["home"]["log"].count("or woken up: all 3 resident replicas are dropped") == 4
+    assert found["home"]["log"].count("placement 4 is switched on: 3 resident replicas") == 6
 
 
 def test_replicas_act_in_small_batches_and_beside_lending(found: dict[str, Any]) -> None:
