@@ -2,7 +2,8 @@
 
 `make test` runs a short share of each (tests/dist). One JSON line each.
 
-    python -m bench.soak [layer faults changes] [--steps 1000] [--faults 40] [--changes 1000] [--append]
+    python -m bench.soak [layer faults changes] [--steps 1000] [--faults 40] [--changes 1000]
+        [--layouts data-parallel tensor-parallel] [--append]
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tests.dist.test_replicas import followed
 from tests.following import assert_followed
 
 RANKS, EXPERTS = 4, 16
+LAYOUTS = ("data-parallel", "tensor-parallel")
 HOUR_S = 3600.0
 QUARTERS = 4
 WARM_STEPS = 1000  # until everything that stays has been allocated, torch's log of its last 2000 collectives for one
@@ -100,9 +102,9 @@ def soak_faults(faults: int) -> dict[str, Any]:
     }
 
 
-def soak_changes(changes: int) -> Iterator[dict[str, Any]]:
+def soak_changes(changes: int, layouts: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Random changes of settings and placements, at other times on each rank, weights loaded anew among them."""
-    for layout in ("data-parallel", "tensor-parallel"):
+    for layout in layouts:
         start_s = time.monotonic()
         found = start_ranks(followed, RANKS, changes, 1, layout == "tensor-parallel", timeout_s=HOUR_S)
         assert_followed(found)
@@ -128,12 +130,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--faults", type=int, default=40)
     parser.add_argument("--changes", type=int, default=1000)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS, help="that changes are made in")
     parser.add_argument("--append", action="store_true", help="keep the lines in bench/results/soak.jsonl")
     arguments = parser.parse_args()
     soaks: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
         "layer": lambda: [soak_layer(arguments.steps)],
         "faults": lambda: [soak_faults(arguments.faults)],
-        "changes": lambda: soak_changes(arguments.changes),
+        "changes": lambda: soak_changes(arguments.changes, arguments.layouts),
     }
     for soak in arguments.soaks or soaks:
         for line in soaks[soak]():
