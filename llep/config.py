@@ -170,6 +170,13 @@ class Settings(BaseModel):
     )
     record_dir: str = _cold("", "folder in which rank 0 keeps recordings until they are fetched; empty: state folder")
     record_max_bytes: int = _hot(512 << 20, "most bytes of one recording", ge=1 << 20, le=1 << 40)
+    decide_every_s: float = _cold(
+        10.0,
+        "seconds between the scheduler's decisions about this engine, and of one window of those that placements are "
+        "decided from; lowering it follows the traffic faster, on fewer tokens",
+        ge=1,
+        le=60,
+    )
     cost_model: str = _cold(
         "", "h100, h200, b200 or a file of `llep calibrate`: plans that it says don't pay are not taken; empty: all are"
     )

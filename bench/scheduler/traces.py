@@ -33,7 +33,7 @@ from llep.placement import Placement
 from llep.planning import PlanOptions, plan_step, warm_up
 from llep.planning.home import plan_home
 from llep.planning.replicas import Replica
-from llep.scheduler.decide_placement import COOL_DOWN_S, decide_placement
+from llep.scheduler.decide_placement import decide_placement
 from llep.scheduler.show_loads import ground_of
 from llep.scheduler.windows import Windows
 from llep.shapes import SHAPES, ModelShape, split_sources
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--append", action="store_true", help="keep the lines in bench/results/scheduler.jsonl")
     arguments = parser.parse_args()
     warm_up()
-    assert DECIDE_EVERY_S < COOL_DOWN_S
+    assert DECIDE_EVERY_S == Settings().decide_every_s
     for case in cases(arguments.seconds):
         add_record("scheduler", measure(*case), append=arguments.append)
 

@@ -29,7 +29,7 @@ HORIZON_S = 600.0  # hot experts are believed to stay for so long
 MARGIN = 2.0  # what is saved must be so many times what moving costs
 SMALLEST_SAVING = 0.002  # of the time inside layers
 LONGEST_MOVE_S = 120.0  # a change that takes longer is cut short; the rest follows in the next
-COOL_DOWN_S = 30.0  # after a change, before the next
+COOL_DOWN_ROUNDS = 3.0  # of decide_every_s, after a change, before the next
 NOISE_SIGMAS = 4.0  # a gain is believed from so many standard errors on: asked every 10 s, 2 would err daily
 HEADROOM_RATIO = 0.02  # of a device's memory that stays free
 NO_ROOM = (
@@ -128,7 +128,8 @@ def weigh(ground: Ground, plan: ReplicaPlan) -> Suggestion:
 def decide_placement(ground: Ground, *, since_change_s: float, is_filling: bool) -> tuple[Decision, Suggestion | None]:
     """Order new replicas (outcome order), show them (suggest), or leave all as it is.
 
-    since_change_s: seconds since the last placement was ordered. The caller has seen to it that replicas isn't off.
+    since_change_s: seconds since the last placement was ordered; below 0 the clock was set back, and that says nothing.
+    The caller has seen to it that replicas isn't off.
     """
     settings = ground.evidence.settings
     if not ground.has_room:
@@ -137,8 +138,9 @@ def decide_placement(ground: Ground, *, since_change_s: float, is_filling: bool)
     if not overfull:
         if is_filling:
             return _decision("filling", "the placement ordered last is still being filled"), None
-        if since_change_s < COOL_DOWN_S:
-            left_s = COOL_DOWN_S - since_change_s
+        cool_down_s = COOL_DOWN_ROUNDS * settings.decide_every_s
+        if 0.0 <= since_change_s < cool_down_s:
+            left_s = cool_down_s - since_change_s
             return _decision("cooling_down", f"the last change is too fresh: {left_s:.0f} s to go"), None
         if ground.evidence.layer_steps <= 0:
             return _decision("idle", "no step in the window"), None

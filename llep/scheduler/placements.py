@@ -17,7 +17,7 @@ from llep.scheduler.changes import check_texts
 from llep.scheduler.core import Core
 from llep.scheduler.decide import Decision
 from llep.scheduler.decide_placement import NO_ROOM, Ground, Suggestion, refusal, room, suggest, suggest_with_room
-from llep.scheduler.show_loads import PLACEMENT_WINDOW_S, ground_of
+from llep.scheduler.show_loads import ground_of, placement_window_s
 from llep.scheduler.store import NewDecision, NewEvent, StoredPlacement
 from llep.scheduler.windows import Engine
 from llep.views import EventKind, PlacementSuggestion, PlacementView, ReplicaView, RoomView
@@ -259,7 +259,7 @@ def _room_view(engine: Engine, found: Suggestion) -> RoomView:
 def _replica_views(engine: Engine, copies: Copies) -> list[ReplicaView]:
     shares = None
     if not engine.totals.is_empty and copies:
-        _, routed_PLE, *_ = engine.totals.experts(PLACEMENT_WINDOW_S)
+        _, routed_PLE, *_ = engine.totals.experts(placement_window_s(engine))
         routed_LE = routed_PLE.sum(axis=0)
         shares = routed_LE / np.maximum(routed_LE.sum(axis=1, keepdims=True), 1)
     return [

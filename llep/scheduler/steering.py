@@ -29,7 +29,6 @@ from llep.views import AdviceView, EngineState, EventKind
 
 logger = logging.getLogger("llep.scheduler")
 
-EVERY_S = 10.0  # an engine is decided about
 WINDOW_S = 600.0
 TUNE_EVERY_S = 300.0
 SAID_AGAIN_S = 3600.0  # a decision that stays the same is stored again
@@ -75,13 +74,13 @@ class Steering(Placements):
             engines = list(self._windows.engines.items())
             for name, engine in engines:
                 if engine.state is EngineState.LIVE and now_s >= self._decide_next_s.get(name, 0.0):
-                    self._decide_next_s[name] = now_s + EVERY_S
+                    self._decide_next_s[name] = now_s + engine.start.decide_every_s
                     try:
                         await self._steer(engine)
                     except LlepError as error:
                         logger.warning("nothing is decided about engine %s: %s", name, error.message)
                     except Exception:
-                        logger.exception("deciding about engine %s failed; again in %s s", name, EVERY_S)
+                        logger.exception("deciding about engine %s failed; it is tried again", name)
                     await asyncio.sleep(0)  # reports first
             known = self._windows.engines
             self._decide_next_s = {name: at_s for name, at_s in self._decide_next_s.items() if name in known}
@@ -226,7 +225,7 @@ class Steering(Placements):
         since_s = time.time() - placed[0].time_s if placed else math.inf
         is_filling = order is not None and engine.live_placement != order.number
         decision, found = await asyncio.to_thread(
-            decide_placement, ground, since_change_s=max(since_s, 0.0), is_filling=is_filling
+            decide_placement, ground, since_change_s=since_s, is_filling=is_filling
         )
         is_still_so = self._journal.desired.placements.get(name) == order and name in self._windows.engines
         if decision.outcome != "order" or found is None or not is_still_so:

@@ -27,7 +27,8 @@ GAUGES = 2
 DECISIONS = tuple(str(decision) for decision in Decision)
 
 RANK_STEPS = ((1.0, 600), (10.0, 720), (60.0, 720))  # (seconds, rows): 10 minutes, 2 hours, 12 hours
-EXPERT_STEPS = ((10.0, 25), (60.0, 31))  # 4 minutes, half an hour
+# Windows of decide_every_s (10 s: 4 minutes of them), and of a minute (half an hour).
+EXPERT_ROWS, EXPERT_MINUTES = 25, 31
 
 
 class Columns:
@@ -125,9 +126,10 @@ class Window:
 
 
 class Totals:
-    """The rows of one engine: rank level at RANK_STEPS, every expert of every layer at EXPERT_STEPS."""
+    """The rows of one engine: rank level at RANK_STEPS, every expert of every layer every expert_step_s and minute."""
 
-    def __init__(self, ep_size: int, num_layers: int, num_experts: int) -> None:
+    def __init__(self, ep_size: int, num_layers: int, num_experts: int, expert_step_s: float = 10.0) -> None:
+        self.expert_step_s = expert_step_s
         self.columns = Columns(ep_size)
         self.newest_s = -np.inf
         self.newest = np.zeros(self.columns.width)
@@ -136,7 +138,8 @@ class Totals:
         self._shape_PLE, self._shape_PLR = (P, L, E), (P, L, R)
         # Modulo 2^32: the difference of two rows is right all the same, up to 4 billion pairs of one expert.
         width = P * L * (E + R) + L
-        self._expert_rings = [Ring(step_s, rows, width, np.uint32) for step_s, rows in EXPERT_STEPS]
+        steps = (expert_step_s, EXPERT_ROWS), (60.0, EXPERT_MINUTES)
+        self._expert_rings = [Ring(step_s, rows, width, np.uint32) for step_s, rows in steps]
         self.newest_experts: npt.NDArray[np.uint32] = np.zeros(width, dtype=np.uint32)
 
     @property

@@ -27,7 +27,7 @@ from llep.scheduler.admit import (
     parse_settings,
     start_settings,
 )
-from llep.scheduler.totals import EXPERT_STEPS, GAUGES, PER_RANK, Totals, per_rank
+from llep.scheduler.totals import GAUGES, PER_RANK, Totals, per_rank
 from llep.views import EngineState, EventKind
 
 SHORTEST_SILENCE_S = 5.0
@@ -87,7 +87,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         L, E, R = len(self.info.layer_numbers), self.info.num_experts, self.info.ep_size
-        self.totals = Totals(R, L, E)
+        self.totals = Totals(R, L, E, self.start.decide_every_s)
         self.per_rank_RX = np.zeros((R, PER_RANK + GAUGES))
         self.hot_since_VLE = np.full((1 + len(STEP_PHASES), L, E), np.nan, dtype=np.float32)
 
@@ -267,12 +267,13 @@ def _put_group(engine: Engine, report: Report, found: Counters, now_s: float) ->
 
 def _follow_heat(engine: Engine, now_s: float) -> None:
     """Remember since when each expert has had HOT_RATIO times its fair share, step after step."""
-    _, routed_PLE, *_ = engine.totals.experts(EXPERT_STEPS[0][0])
+    step_s = engine.totals.expert_step_s
+    _, routed_PLE, *_ = engine.totals.experts(step_s)
     routed_VLE = np.concatenate([routed_PLE.sum(axis=0, keepdims=True), routed_PLE])
     pairs_VL1 = routed_VLE.sum(axis=2, keepdims=True)
     is_hot_VLE = routed_VLE * engine.info.num_experts >= HOT_RATIO * pairs_VL1
     before_VLE = engine.hot_since_VLE
-    since_VLE = np.where(np.isnan(before_VLE), np.float32(now_s - EXPERT_STEPS[0][0]), before_VLE)
+    since_VLE = np.where(np.isnan(before_VLE), np.float32(now_s - step_s), before_VLE)
     # A layer without a pair says nothing.
     kept_VLE = np.where(is_hot_VLE, since_VLE, np.float32(np.nan))
     engine.hot_since_VLE = np.where(pairs_VL1 > 0, kept_VLE, before_VLE)

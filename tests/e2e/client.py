@@ -23,7 +23,7 @@ class Client:
         self._lock = threading.Lock()
         self.tokens = 0
 
-    def complete(self, prompt: str, max_tokens: int = 1) -> str:
+    def complete(self, prompt: str | list[int], max_tokens: int = 1) -> str:
         """The greedy continuation, as long as asked for."""
         answer = self._openai.completions.create(
             model=self._model, prompt=prompt, max_tokens=max_tokens, temperature=0, extra_body={"ignore_eos": True}

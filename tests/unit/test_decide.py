@@ -405,6 +405,7 @@ def test_changes_wait_for_the_one_before() -> None:
     assert decide(hot, since_s=0.9 * cool_down_s)[0].outcome == "cooling_down"
     assert decide(hot, since_s=1.1 * cool_down_s)[0].outcome == "order"
     assert decide(hot, is_filling=True)[0].outcome == "filling"
+    assert decide(hot, since_s=-3e7)[0].outcome == "order", "a clock set back by a year"
 
 
 def test_replicas_that_lost_their_room_go_at_once() -> None:

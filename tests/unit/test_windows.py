@@ -195,6 +195,22 @@ def test_a_new_start_replaces_the_old_one() -> None:
     assert engine.refused == {"replaced": 1} and engine.info.ep_size == 4
 
 
+@pytest.mark.parametrize("jump_s", [-3e8, 3e8])
+def test_a_worker_whose_clock_jumps_is_heard_as_before(jump_s: float) -> None:
+    windows, workers = Windows(), Workers()
+    hear(windows, workers, 0.0)
+    for now_s in (1.0, 2.0):
+        workers.step()
+        for report in workers.reports():
+            jumped = msgspec.structs.replace(
+                report, time_s=report.time_s + jump_s, live_since_time_s=report.live_since_time_s + jump_s
+            )
+            assert windows.take(jumped, now_s) == []
+    engine = windows.engines["tiny"]
+    assert engine.state is EngineState.LIVE and engine.refused == {} and engine.last_seen_s == 2.0
+    assert loads(engine, 2.0, now_s=2.0).tokens == 200
+
+
 @pytest.mark.parametrize(("silent_s", "state"), [(100.0, EngineState.STARTING), (1000.0, EngineState.STALE)])
 def test_an_engine_from_the_store_is_not_live_until_it_reports(silent_s: float, state: EngineState) -> None:
     windows, workers = Windows(), Workers()
