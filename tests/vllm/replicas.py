@@ -1,6 +1,7 @@
 """Run by test_replicas.py in a process of its own: a real vLLM engine on two ranks, told one placement after the other.
 
-python -m tests.vllm.replicas MODEL -> JSON: what was said in each phase, and what the ranks reported after it
+python -m tests.vllm.replicas MODEL OTHER -> JSON: what was said in each phase, and what the ranks reported after it.
+OTHER is another model of the same shape, whose weights are loaded into the running engine in the midst of it.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ class Engine:
     def warm_up(self) -> None:
         self._llm.collective_rpc("warm_up_attention")
 
-    def reload(self) -> None:
-        self._llm.collective_rpc("reload_weights")
+    def reload(self, model: str) -> None:
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
 
     def sleep_and_wake_up(self) -> None:
         """As far as a CPU goes: its worker is told, and keeps its weights."""
@@ -84,7 +85,7 @@ class Engine:
         return [decode_report(data) for data in self._llm.collective_rpc("llep_report")]
 
 
-def main(model: str) -> None:
+def main(model: str, other: str) -> None:
     engine = Engine(model)
     found: dict[str, Any] = {}
 
@@ -118,14 +119,14 @@ def main(model: str) -> None:
     note("refused")
     engine.tell(PlacementOrder(4, replicas[:3], FAST), min_batch_tokens=16)
     note("lending too")
-    engine.reload()
+    engine.reload(other)
     note("reloaded")
     engine.sleep_and_wake_up()
     note("woken up")
-    engine.tell(None, min_batch_tokens=16)
+    engine.tell(None, planner="home")
     note("rolled back")
     print("FOUND " + json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
