@@ -157,6 +157,7 @@ class Campaign:
         """All live, and all run what holds: nothing that was acknowledged is lost."""
         if not self._control.answers() or not self._all_live():
             return False
+        assert len(self._control.call("engines")) == len(self._engines), "an engine that is none"
         running = {int(engine.status()["settings"]["watchdog_s"]) for engine in self._engines}
         if len(running) != 1:
             return False

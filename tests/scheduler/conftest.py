@@ -83,6 +83,47 @@ class RayHead:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
 
+class RayNode:
+    """One more node of a head's cluster, in a session of its own, with resources that the head lacks."""
+
+    def __init__(self, head: RayHead, resources: dict[str, float]) -> None:
+        self._head, self._resources = head, resources
+        self._log = head.folder / "node.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when it has joined."""
+        command = [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={self._head.address}"),
+            *("--node-ip-address=127.0.0.1", "--num-cpus=1", "--disable-usage-stats"),
+            *(f"--resources={json.dumps(self._resources)}", "--object-store-memory=80000000"),
+        ]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, cwd=REPO, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        wait_for(self._has_joined, 2 * START_TIMEOUT_S)
+
+    def _has_joined(self) -> bool:
+        assert self._process is not None and self._process.poll() is None, self._log.read_text()[-2000:]
+        return "Ray runtime started" in self._log.read_text()
+
+    def has(self, pid: int) -> bool:
+        """Whether a process descends from it."""
+        assert self._process is not None
+        while pid > 1 and pid != self._process.pid:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return pid == self._process.pid
+
+    def kill(self) -> None:
+        """SIGKILL to all of it at once."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
 @dataclass
 class RunningEngine:
     """Workers that step for ever, and the agent beside them. has_own_agent: they start it, and again when it ends."""

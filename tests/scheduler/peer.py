@@ -53,9 +53,15 @@ class Workers:
     """All ranks of one engine: two experts per rank, the first rank's are hot."""
 
     def __init__(
-        self, engine: str = "tiny", ep_size: int = 2, num_layers: int = 3, seed: int = 0, **start: Any
+        self,
+        engine: str = "tiny",
+        ep_size: int = 2,
+        num_layers: int = 3,
+        seed: int = 0,
+        model_name: str = "org/tiny",
+        **start: Any,
     ) -> None:
-        self.engine, self.ep_size, self.num_layers = engine, ep_size, num_layers
+        self.engine, self.ep_size, self.num_layers, self.model_name = engine, ep_size, num_layers, model_name
         self.num_experts, self.top_k = 2 * ep_size, 2
         self.incarnation = uuid.uuid4().hex
         self.start = self.live = Settings.parse(start)
@@ -176,7 +182,7 @@ class Workers:
     def info(self) -> EngineInfo:
         return EngineInfo(
             engine=self.engine,
-            model_name="org/tiny",
+            model_name=self.model_name,
             llep_version="0.1.0",
             vllm_version="0.32.0",
             backend="cpu",

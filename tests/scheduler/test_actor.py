@@ -96,6 +96,37 @@ def test_a_change_is_stored_shown_and_live(tmp_path: Path) -> None:
     run(body)
 
 
+def test_several_models_and_several_engines_of_one_keep_apart(tmp_path: Path) -> None:
+    """Two engines of one model and one of another, of another size: each has its own loads, settings and placement."""
+
+    async def body() -> None:
+        first, second = (Workers(name, seed=seed, replicas="suggest") for seed, name in enumerate(("a-0", "a-1")))
+        other = Workers("b", ep_size=4, num_layers=5, seed=2, model_name="org/other", replicas="suggest")
+        async with scheduler_in(tmp_path) as scheduler:
+            for number, workers in enumerate((first, second, other), start=1):
+                for _ in range(number):
+                    await hear(scheduler, workers)
+            views = {view["id"]: (view["model_name"], view["ep_size"]) for view in await scheduler.engines()}
+            assert views == {"a-0": ("org/tiny", 2), "a-1": ("org/tiny", 2), "b": ("org/other", 4)}
+            loads = {each["engine"]: each for each in await scheduler.loads(60.0)}
+            assert {name: each["tokens"] for name, each in loads.items()} == {"a-0": 0, "a-1": 100, "b": 200}
+            assert loads["b"]["model_name"] == "org/other" and len(loads["b"]["ranks"]) == 4
+            matrix = await scheduler.matrix("b", "expert", "before", 60.0)
+            assert (len(matrix["values"]), len(matrix["values"][0])) == (5, 8)
+            await scheduler.patch_settings({"watchdog_s": 9}, "me", engines=["a-0"], wait_s=0)
+            await scheduler.placement_apply("b", "me", replicas=[{"layer": 4, "expert": 0, "rank": 3}])
+            for workers in (first, second, other) * 2:
+                await hear(scheduler, workers)
+            assert [each.live.watchdog_s for each in (first, second, other)] == [9, 60, 60]
+            assert [each.placement is not None for each in (first, second, other)] == [False, False, True]
+            assert [view["state"] for view in await scheduler.placement()] == ["none", "none", "live"]
+            stays, _ = first.live_revision, await hear(scheduler, Workers("a-1", model_name="org/third"))
+            assert {view["id"]: view["model_name"] for view in await scheduler.engines()}["a-1"] == "org/third"
+            assert await hear(scheduler, first) == [] and first.live_revision == stays
+
+    run(body)
+
+
 def test_settings_go_back_to_an_earlier_revision(tmp_path: Path) -> None:
     async def body() -> None:
         async with scheduler_in(tmp_path) as scheduler:
