@@ -4,7 +4,8 @@ Who enters what, in which order, on every rank of the EP group, also an idle one
 the step's header, which all ranks gather anyway before the first layer (llep.moe.agreement). From it every rank knows
 the same placement order, rank 0's clock, and whose weights were loaded anew. `follow` then does the same on all:
 
-1. Weights loaded anew on any rank: every replica is dropped, for it may be a copy of what was.
+1. Weights loaded anew on any rank: every replica is dropped, for it may be a copy of what was. Each rank counts loads
+   in its own way, so their numbers need not be equal: only a change says something.
 2. Another order: replicas that it does not have are dropped at once, the others stay where they are and go on acting.
 3. What is missing is copied in increasing (layer, expert, rank), at most one layer's in a step, and no more than the
    order's bytes per second allow by rank 0's clock. A copy goes point to point from the home rank into a free row of
@@ -178,7 +179,7 @@ class Replicas:
             if order != self._order:
                 self._take(order)
             self._order = order
-        if order is not None and self._missing and may_fill and len(set(weights_R)) == 1:
+        if order is not None and self._missing and may_fill:
             self._fill(order.bytes_per_s, clock_s)
         self._clock_s = clock_s
         if order is not None and not self._missing and self.live_number != order.number:
