@@ -86,7 +86,7 @@ def test_hot_experts_get_copies_that_stay_with_the_load_and_go_with_it(stack: St
         replies[topic].add(client.complete(prompt(topic, -1), max_tokens=6))
 
     with Traffic(lambda: send(0), pause_s=0.0) as traffic:
-        stack.wait_for(lambda: stack.loads()["lends"] > 20, FOLLOW_WITHIN_S, "lends")
+        stack.wait_for(lambda: [each for each in stack.get("/v1/loads")["data"] if each["lends"] > 20], FOLLOW_WITHIN_S)
         lent = lent_bytes_per_token(stack, window_s=60)
         first = stack.wait_for(lambda: (view := placement(stack)) and has_copies_of(view, 0) and view, FOLLOW_WITHIN_S)
         sent = traffic.answered
