@@ -396,8 +396,9 @@ def test_metrics_hold_the_newest_report_of_every_rank(tmp_path: Path) -> None:
             snapshot = decode_snapshot(await scheduler.metrics())
             (engine,) = snapshot.engines
             assert (engine.engine, engine.state, engine.desired_revision) == ("one", "live", 1)
-            assert {rank: report.seq for rank, report in engine.reports.items()} == {0: 3, 1: 3}
-            assert engine.reports[0].group is not None and engine.reports[1].group is None
+            assert [rank.rank for rank in engine.ranks] == [0, 1]
+            assert engine.speaker is not None and (engine.speaker.rank, engine.speaker.seq) == (0, 3)
+            assert engine.speaker.group is not None and engine.hot_ratios
             assert engine.last_seen_s == pytest.approx(time.time(), abs=5)
 
     run(body)
