@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ Row = dict[str, Any]
 
 LOOK_EVERY_S = 1.0
 ACTIVE = ("ordered", "running")
+_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 IdArgument = Annotated[
     str,
     typer.Argument(
@@ -138,8 +140,11 @@ def is_file(recording: str) -> bool:
     """Whether that is on this machine; else it is an id. Raises SettingsError for a file that isn't there."""
     if Path(recording).exists():
         return True
-    if "/" in recording or recording.endswith((".tar", ".parquet")):
-        raise SettingsError(f"{recording} does not exist", param="recording")
+    if not _ID.fullmatch(recording):
+        raise SettingsError(
+            f"{recording} does not exist, and is not the id of a recording: `llep record list` shows them",
+            param="recording",
+        )
     return False
 
 
