@@ -54,7 +54,7 @@ def test_serves_without_a_scheduler_and_ends_in_good_order(environ: dict[str, st
             assert body["error"]["code"] == "scheduler_unreachable"
             assert NO_RAY in body["error"]["message"] and "LLEP_RAY_ADDRESS" in body["error"]["message"]
             assert http.get("/readyz").status_code == 503
-            assert "llep_scheduler_up 0.0" in http.get("/metrics").text
+            assert "llep_scheduler_up 0\n" in http.get("/metrics").text
         process.send_signal(number)
         assert process.wait(timeout=20) == 0
     assert "Traceback" not in "".join(log)

@@ -162,7 +162,7 @@ def test_from_nothing_to_ready_through_a_change_and_the_end_of_ray(
     assert http.get("/readyz").json()["ready"] is True
     (loads,) = http.get("/v1/loads").json()["data"]
     assert loads["tokens"] == 2 * 256 and loads["lends"] > 0
-    assert "llep_scheduler_up 1.0" in http.get("/metrics").text
+    assert "llep_scheduler_up 1\n" in http.get("/metrics").text
 
     refused = http.patch("/v1/settings", json={"imbalance_threshold": 0})
     assert refused.status_code == 422 and refused.json()["error"]["param"] == "imbalance_threshold"
@@ -180,7 +180,7 @@ def test_from_nothing_to_ready_through_a_change_and_the_end_of_ray(
     assert time.monotonic() - started_s < 10
     assert body["error"]["code"] == "scheduler_unreachable" and ray_head.address in body["error"]["message"]
     assert http.get("/livez").status_code == 200
-    wait_until(lambda: "llep_scheduler_up 0.0" in http.get("/metrics").text, 10)
+    wait_until(lambda: "llep_scheduler_up 0\n" in http.get("/metrics").text, 10)
 
     ray_head.start()
     wait_until(lambda: http.get("/v1/settings").status_code == 200, 60)
