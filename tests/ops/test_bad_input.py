@@ -49,12 +49,12 @@ def test_a_missing_key_and_a_wrong_port(tmp_path: Path, caplog: pytest.LogCaptur
 def test_an_unreachable_scheduler(tmp_path: Path) -> None:
     for running in start(ServerConfig(), tmp_path / "state"):
         running.report(Engine())
-        assert scraped(running, "llep_scheduler_up") == "1.0"
+        assert scraped(running, "llep_scheduler_up") == "1"
         running.caller.is_up = False
         answer = running.http.get("/readyz")
         assert answer.status_code == 503
         assert "no scheduler at 'auto': start one with 'llep serve'" in answer.text
-        assert scraped(running, "llep_scheduler_up") == "0.0"
+        assert scraped(running, "llep_scheduler_up") == "0"
 
 
 def test_a_metrics_level_that_is_too_high(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -66,7 +66,7 @@ def test_a_metrics_level_that_is_too_high(tmp_path: Path, caplog: pytest.LogCapt
         assert running.http.patch("/v1/settings", json=patch).status_code == 200
         running.report(engine)  # takes the directive
         running.report(engine)
-        assert scraped(running, "llep_metrics_levels_dropped") == "2.0"
+        assert scraped(running, "llep_metrics_levels_dropped") == "2"
     (line,) = (line for line in caplog.messages if "levels of detail left out" in line)
     assert line.startswith("engine a: 2 levels") and "raise it or lower metrics_level" in line
     assert "LlepDetailDropped" in {rule.get("alert") for group in rules()["groups"] for rule in group["rules"]}
