@@ -104,8 +104,8 @@ async def _watch(stack: Stack, tally: Tally, ends: threading.Event) -> None:
             with suppress(LlepError):
                 snapshot = decode_snapshot(await client.call("metrics", timeout_s=30.0))
                 for engine in snapshot.engines:
-                    for rank in sorted(engine.reports):
-                        tally.see(engine.reports[rank])
+                    if engine.speaker is not None:
+                        tally.see(engine.speaker)
             await asyncio.sleep(LOOK_EVERY_S)
 
 
