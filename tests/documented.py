@@ -18,7 +18,7 @@ ALONE = (
 # Run by tests/e2e/test_as_documented.py against a stack like that of `make serve`:
 LIVE = (
     *("llep status", "llep top", "llep loads", "llep settings", "llep mode", "llep record", "llep report traffic.tar"),
-    *("llep tune traffic.tar", "llep bench", "llep advice", "llep placement", "llep demo load", "curl"),
+    *("llep tune traffic.tar", "llep advice", "llep placement", "llep demo load", "curl"),
 )
 # Run as such, or with other arguments, by these tests:
 BY_OTHERS = {
@@ -26,6 +26,7 @@ BY_OTHERS = {
     "make test": ".ci/run",
     "make dashboard": "tests/e2e/test_serve.py",
     "llep dashboard": "tests/ops/test_dashboards.py",
+    "llep bench": "tests/e2e/test_as_documented.py",
     "llep control-plane": "tests/server/test_process.py",
     "llep doctor": "tests/unit/test_cli_doctor.py",
     "llep model train": "tests/unit/test_training.py",

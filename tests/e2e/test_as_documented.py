@@ -71,9 +71,6 @@ def as_it_is_here(stack: Stack, command: str) -> str:
         newest = stack.llep_json("record", "list")[0]["id"]
         stack.wait_for(lambda: stack.get(f"/v1/recordings/{newest}")["ended_s"], 60, "the end of the recording")
         command = re.sub(r"\bID\b", newest, command)
-    # The last of several values holds.
-    shorter = f"--model {NAME} --base-url {stack.api} {' '.join(BENCH)}"
-    command = re.sub(r"^llep bench .*?-- (.*)$", rf"llep bench --pairs 1 -- \1 {shorter}", command)
     revision = stack.get("/v1/settings")["revision"]
     for given, here in (
         ("llep top", "llep top --once"),
