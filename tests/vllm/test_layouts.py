@@ -124,7 +124,8 @@ def test_quantized_experts_are_lent_byte_for_byte() -> None:
     assert layouts["fp8_blocks_for_deep_gemm"]["w13_weight_scale_inv"] == (torch.float32, (2, 2), (1, 2))
     assert layouts["mxfp4"]["w13_weight"] == (torch.uint8, (2 * INTERMEDIATE, HIDDEN // 2), (HIDDEN // 2, 1))
     assert set(layouts["mxfp4_for_b12x"]) >= {"w13_weight_scale", "w2_weight_scale", "w13_bias", "w2_bias"}
-    assert start_ranks(lent_bytes, 5, layouts, 1) == [len(MAKERS) * 4] * 5
+    for way in ("gloo", "reading"):
+        assert start_ranks(lent_bytes, 5, layouts, 1, way) == [len(MAKERS) * 4] * 5
 
 
 def test_weights_that_are_no_parameters_are_refused_with_a_way_out() -> None:
