@@ -103,7 +103,12 @@ def read_late(rank: int, size: int) -> tuple[str, bool]:
     weights, room = {"w": torch.ones(2, 1000)}, {"w": torch.zeros(1, 1000)}
     if rank == 1:
         read = neighbours.read
-        neighbours.read = lambda *arguments: (time.sleep(1.0), read(*arguments))[1]  # type: ignore[func-returns-value]
+
+        def late(pid: int, address: int, into: torch.Tensor) -> None:
+            time.sleep(1.0)
+            read(pid, address, into)
+
+        neighbours.read = late
     transport.start_copies([Copy(0, 0, 0, 1, 0)], weights, [1], room).wait()
     weights["w"].fill_(5)
     return transport.lends_by, bool((room["w"] == rank).all())

@@ -38,6 +38,12 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def kill_session(leader: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
+    leader.wait()
+
+
 class RayHead:
     """`ray start --head` in a session of its own, ended by its process group."""
 
@@ -72,9 +78,7 @@ class RayHead:
     def kill(self) -> None:
         """SIGKILL to all of it at once."""
         if self._process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            kill_session(self._process)
             self._process = None
 
     def _listens(self) -> bool:
@@ -118,9 +122,7 @@ class RayNode:
     def kill(self) -> None:
         """SIGKILL to all of it at once."""
         if self._process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            kill_session(self._process)
             self._process = None
 
 
