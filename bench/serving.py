@@ -24,25 +24,26 @@ from typing import Any
 import httpx
 
 from bench.record import add_record
-from llep.messages import PROTOCOL, Directive, Report, decode_report, encode
+from llep.messages import LAYER_PHASES, PROTOCOL, Directive, Report, decode_report, encode
 from llep.tiny_models import write_tiny_model
 from tests.e2e.stack import DP_EP, Stack
 
 PROMPT_TOKENS = 4096
 VOCABULARY = 2048
 TOP_K = 4
+CHUNK = 128  # a GPU's 1,024 leave a CPU, for which few rows are work enough, more than it needs to
 EXTENSION = "llep.vllm_plugin.worker.WorkerExtension"
 CASES: dict[str, dict[str, Any]] = {
     "skewed": {
         "model": {"hot": tuple(range(8)), "hot_share": 0.93},
         "before": {"planner": "home"},
-        "after": {},
+        "after": {"planner": "quota", "min_chunk_tokens": CHUNK},
     },
     "balanced": {"model": {}, "before": {"mode": "off"}, "after": {}},
     "skewed-dp": {
         "model": {"hot": tuple(range(8)), "hot_share": 0.93},
         "before": {"planner": "home"},
-        "after": {"planner": "quota"},
+        "after": {"planner": "quota", "min_chunk_tokens": CHUNK},
     },
 }
 
@@ -98,14 +99,20 @@ class Engine:
         self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], self._sampling, use_tqdm=False)
         seconds = time.perf_counter() - start
         after = self.reports()
-        moe = [
-            sum(b.layer_seconds.values()) - sum(a.layer_seconds.values()) for a, b in zip(before, after, strict=True)
-        ]
-        return {"prefill_s": seconds, "moe_s": max(moe), **_loads(before[0], after[0])}
+        moe_R = [_layer_seconds(b) - _layer_seconds(a) for a, b in zip(before, after, strict=True)]
+        compute_R = _spent("compute", before, after)
+        busiest = compute_R.index(max(compute_R))
+        phases = {f"{phase}_s": _spent(phase, before, after)[busiest] for phase in LAYER_PHASES}
+        return {"prefill_s": seconds, "moe_s": max(moe_R), **phases, **_loads(before[0], after[0])}
 
 
 def _layer_seconds(report: Report) -> float:
     return sum(report.layer_seconds.values())
+
+
+def _spent(phase: str, before: Sequence[Report], after: Sequence[Report]) -> list[float]:
+    """Seconds of each rank in one phase of its MoE layers."""
+    return [b.phase_seconds[phase].sum - a.phase_seconds[phase].sum for a, b in zip(before, after, strict=True)]
 
 
 def _loads(before: Report, after: Report) -> dict[str, float]:

@@ -71,6 +71,7 @@ def test_prefills_are_balanced(stack: Stack, client: Client) -> None:
     first, second = loads["ranks"]
     assert first["routed_tokens"] > 5 * second["routed_tokens"]
     assert first["computed_tokens"] < 1.2 * second["computed_tokens"]
+    stack.wait_for(lambda: is_all_counted(stack, client), 10)  # /metrics is a moment behind
     metrics = stack.metrics()
     for stage in ("before", "after"):
         total, count = (metrics[f"llep_imbalance_ratio_{part}"][("stage", stage),] for part in ("sum", "count"))
