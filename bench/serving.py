@@ -173,7 +173,7 @@ def start_engine(
     if case.endswith("-dp"):
         limits = ("--max-model-len", str(PROMPT_TOKENS + 16), "--max-num-batched-tokens", str(PROMPT_TOKENS))
         flags = ("--dtype", "float32", "--no-enable-prefix-caching", *(["--enforce-eager"] if eager else []))
-        with Stack(model, folder, *DP_EP, *limits, *flags, LLEP_REPORT_INTERVAL_S="0.1") as stack:
+        with Stack(model, folder, *DP_EP, *limits, *flags) as stack:
             yield DataParallelEngine(stack, layers)
     else:
         engine = Engine(model, eager)
