@@ -506,6 +506,26 @@ def _relieve(
     return loads.max(), num_lends, network_lends
 
 
+@compiled
+def _top_up(num_lends: int, instance_rank_I: Ints, state: State) -> None:
+    """Have lends carry more from experts' homes, while these are fuller than the borrowers."""
+    loads, tokens_I, lends_4N = state.loads, state.tokens_I, state.lends_4N
+    for _ in range(LEVEL_ROUNDS):
+        is_changed = False
+        for lend in range(num_lends):
+            expert, dst = lends_4N[0, lend], lends_4N[1, lend]
+            home = instance_rank_I[expert]
+            count = min(tokens_I[expert], (loads[home] - loads[dst]) // 2)
+            if count > 0:
+                tokens_I[expert] -= count
+                lends_4N[2, lend] += count
+                loads[home] -= count
+                loads[dst] += count
+                is_changed = True
+        if not is_changed:
+            break
+
+
 # -- costs ---------------------------------------------------------------------------------------------------------
 
 
@@ -993,6 +1013,8 @@ def _plan(
         reason = _refusal(plain, total, slots_R, lend_slots, most_lends) if is_asked else NO_GAIN
         return reason, _home(tokens_E, instance_rank_I), 0.0
     state = states[_held(best, -1, tried, start, limits, tables, states)]
+    if not has_costs:
+        _top_up(tried.columns[4, best], instance_rank_I, state)
     segments = _cut(counts_RE, ranks_per_node, tables, state)
     return LEND if tried.columns[4, best] else REPLICA, segments, plain_s - best_s
 

@@ -64,7 +64,8 @@ def plan_quota(counts_RE: npt.NDArray[np.int64], placement: Placement, options: 
     loaded rank lends its largest expert, again and again, until no rank is above the target. If slots don't allow that,
     the lowest load they allow is searched for. Among attempts that reach the same load the one with the fewest lends
     wins, then the one with the fewest across nodes. With a cost model the attempt with the shortest predicted time
-    wins, and only if that is clearly below plain EP's. In a decode step without a cost model only replicas are used.
+    wins, and only if that is clearly below plain EP's; without one, the lends of the best attempt then carry what levels
+    their ranks. In a decode step without a cost model only replicas are used.
     Ties break by lowest index.
     """
     tokens_E: list[int] = counts_RE.sum(axis=0).tolist()
@@ -84,6 +85,8 @@ def plan_quota(counts_RE: npt.NDArray[np.int64], placement: Placement, options: 
     if max(best.loads) >= max(plain):
         is_asked = options.phase == "prefill" or options.cost_model is not None
         return plan_home(tokens_E, placement, refusal(plain, placement, options) if is_asked else Decision.NO_GAIN)
+    if options.cost_model is None:
+        top_up(best, placement)
     decision = Decision.LEND if best.lends else Decision.REPLICA
     segments = cut(counts_RE, best.shares, options.ranks_per_node)
     return Plan(decision, placement, segments, ranks_per_node=options.ranks_per_node, predicted_gain_s=gain_s)
@@ -271,6 +274,24 @@ def _next_lend(
             dst = _helper(way, without, target, loads, slots, amount)
             return expert, dst, min(amount, target - loads[dst])
     return None
+
+
+def top_up(attempt: Attempt, placement: Placement) -> None:
+    """Have lends carry more from experts' homes, while these are fuller than the borrowers: no weights move for it."""
+    loads = attempt.loads
+    for _ in range(LEVEL_ROUNDS):
+        is_changed = False
+        for expert, dst in attempt.lends:
+            share, home = attempt.shares[expert], placement.home_rank[expert]
+            count = min(share[home], (loads[home] - loads[dst]) // 2)
+            if count > 0:
+                share[home] -= count
+                share[dst] += count
+                loads[home] -= count
+                loads[dst] += count
+                is_changed = True
+        if not is_changed:
+            break
 
 
 def _helper(

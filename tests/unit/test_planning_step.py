@@ -105,6 +105,15 @@ def test_quota_lends_a_chunk_or_nothing(chunk: int, loads: list[int]) -> None:
     assert plan.rank_loads == loads
 
 
+def test_quota_levels_what_its_lends_carry() -> None:
+    """Loads 560 and 400: at most 504 is asked for, and the one lend that this takes may as well reach the mean."""
+    counts = np.array([[460, 100, 200, 200], [0] * 4])
+    options = PlanOptions(imbalance_threshold=1.05, min_chunk_tokens=16)
+    plan = plan_step("quota", counts, Placement.linear(4, 2, 1), options)
+    assert plan.lends == (Lend(0, 0, 1, 80),)
+    assert plan.rank_loads == [480, 480]
+
+
 def test_quota_chains_lends_where_one_slot_per_rank_would_not_do() -> None:
     """Four ranks have too much, one slot each; rank 1 is nearly empty: rank 3 gives it most, and borrows in turn."""
     counts = np.zeros((5, 5), dtype=np.int64)
