@@ -63,10 +63,9 @@ def plan_quota(counts_RE: npt.NDArray[np.int64], placement: Placement, options: 
     times the mean. Tokens above it first go where resident replicas have room, which takes no transfer. Then the most
     loaded rank lends its largest expert, again and again, until no rank is above the target. If slots don't allow that,
     the lowest load they allow is searched for. Among attempts that reach the same load the one with the fewest lends
-    wins, then the one with the fewest across nodes. With a cost model the attempt with the shortest predicted time
-    wins, and only if that is clearly below plain EP's; without one, the lends of the best attempt then carry what levels
-    their ranks. In a decode step without a cost model only replicas are used.
-    Ties break by lowest index.
+    wins, then the one with the fewest across nodes; its lends then carry what levels their ranks. With a cost model the
+    attempt with the shortest predicted time wins as it is, and only if that is clearly below plain EP's. In a decode
+    step without a cost model only replicas are used. Ties break by lowest index.
     """
     tokens_E: list[int] = counts_RE.sum(axis=0).tolist()
     plain = home_loads(tokens_E, placement.home_rank, placement.ep_size)
