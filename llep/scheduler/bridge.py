@@ -14,13 +14,22 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from llep.errors import LlepError, SchedulerUnreachable
-from llep.scheduler.client import SET_RAY_METRICS, TRIED_ONCE, connect_scheduler, read_frame, write_frame
+from llep.scheduler.client import (
+    DEFAULT_ADDRESS,
+    SET_RAY_METRICS,
+    TRIED_ONCE,
+    connect_scheduler,
+    joined_address,
+    read_frame,
+    write_frame,
+)
 from llep.scheduler.ray_metrics import RayMetrics
 
 logger = logging.getLogger("llep.scheduler.bridge")
@@ -31,8 +40,16 @@ JOIN_TIMEOUT_S = 45.0
 PING_EVERY_S = 2.0
 PING_TIMEOUT_S = 3.0
 LINK_LOST_AFTER_S = 30.0  # of silence only: a Ray that is gone, and an actor that died, are noticed at once
+CLOSED_LOST_AFTER_S = 5.0  # of silence, when Ray has closed our connection: another Ray may listen there by now
 RETRY_EVERY_S = 0.2
 NOBODY_LISTENS = "nothing listens there"
+RAY_HAS_ENDED = "the Ray that was joined has ended"
+KEEPALIVE = {
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1,
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE): 2,
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL): 2,
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT): 3,
+}
 ENDED, LINK_LOST = 0, 75  # exit statuses
 
 
@@ -71,17 +88,27 @@ class Bridge:
             self._tell(_first_line(error))
             return
         self._tell("")
+        is_open = asyncio.create_task(_until_closed(*self._host_and_port))
         answered_s = time.monotonic()
-        while time.monotonic() - answered_s < LINK_LOST_AFTER_S:
+        while True:
+            if is_open.done() and not await self._ray_listens():
+                return self._tell(RAY_HAS_ENDED)
             if await self._ping():
                 answered_s = time.monotonic()
-                await asyncio.sleep(PING_EVERY_S)
-            elif await self._ray_listens():
-                await asyncio.sleep(RETRY_EVERY_S)
-            else:
-                self._tell(NOBODY_LISTENS)
-                return
-        self._tell(f"the scheduler has not answered for {LINK_LOST_AFTER_S:g} s")
+                if is_open.done():  # Ray closes it now and then, for we never say anything
+                    is_open = asyncio.create_task(_until_closed(*self._host_and_port))
+                    await asyncio.sleep(PING_EVERY_S)  # whatever lies between may close it always
+                else:
+                    await asyncio.wait([is_open], timeout=PING_EVERY_S)
+                continue
+            if not await self._ray_listens():
+                return self._tell(NOBODY_LISTENS)
+            silent_s = time.monotonic() - answered_s
+            if is_open.done() and silent_s > CLOSED_LOST_AFTER_S:
+                return self._tell(RAY_HAS_ENDED)
+            if silent_s > LINK_LOST_AFTER_S:
+                return self._tell(f"the scheduler has not answered for {LINK_LOST_AFTER_S:g} s")
+            await asyncio.sleep(RETRY_EVERY_S)
 
     async def _wait_for_ray(self) -> None:
         """Until something listens at the address: cheaper than to let Ray find out."""
@@ -91,16 +118,20 @@ class Bridge:
 
     async def _ray_listens(self) -> bool:
         """Whether somebody does at the address; 'auto' is for Ray to find out."""
-        if self._address == "auto":
-            return True
+        return self._address == DEFAULT_ADDRESS or await _listens(*self._host_and_port)
+
+    @property
+    def _host_and_port(self) -> tuple[str, int]:
         host, _, port = self._address.rpartition(":")
-        return await _listens(host.strip("[]"), int(port))
+        return host.strip("[]"), int(port)
 
     async def _connect(self) -> None:
         """Join Ray and get hold of the actor, started anew if it is gone for good. Raises what Ray raises."""
         arguments = (self._address, self._namespace, self._state_dir)
         async with asyncio.timeout(JOIN_TIMEOUT_S):
             self._handle = await asyncio.to_thread(connect_scheduler, *arguments)
+            if self._address == DEFAULT_ADDRESS:
+                self._address = joined_address()
             await self._handle.status.remote()
 
     async def _ping(self) -> bool:
@@ -164,6 +195,19 @@ async def _listens(host: str, port: int) -> bool:
         return False
     writer.close()
     return True
+
+
+async def _until_closed(host: str, port: int) -> None:
+    """Until a connection ends: at once when the process there does, in seconds when its machine is gone."""
+    with suppress(OSError):
+        reader, writer = await asyncio.open_connection(host, port)
+        for option, value in KEEPALIVE.items():
+            writer.get_extra_info("socket").setsockopt(*option, value)
+        try:
+            while await reader.read(4096):
+                pass
+        finally:
+            writer.close()
 
 
 def _first_line(error: BaseException) -> str:

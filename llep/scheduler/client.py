@@ -89,6 +89,13 @@ def connect_scheduler(address: str, namespace: str, state_dir: Path) -> Any:
     return actor.remote(str(state_dir))
 
 
+def joined_address() -> str:
+    """host:port of the Ray that this process has joined."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
+
+
 class SchedulerClient:
     """Calls the scheduler's methods from a process that must not join Ray. Use it in `async with`.
 

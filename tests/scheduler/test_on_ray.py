@@ -269,6 +269,7 @@ def test_all_of_ray_killed_serving_goes_on_and_all_comes_back(
         control.call("engines")
     assert time.monotonic() - started_s < 5
     assert engine.goes_on() and engine.status()["settings"]["watchdog_s"] == 88
+    wait_for(lambda: "the Ray that was joined has ended" in engine.agent_log())
     wait_for(lambda: "nothing listens there" in engine.agent_log())
     ray_head.start()
     view = wait_for(lambda: control.live_view("ray"), COME_BACK_S)
