@@ -54,7 +54,7 @@ class Array(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return np.frombuffer(self.data, dtype=np.dtype(self.dtype)).reshape(self.shape)
 
 
-class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What an engine is; equal on all its ranks, fixed while it runs."""
 
     engine: str
@@ -87,7 +87,7 @@ class Histogram(msgspec.Struct, frozen=True, array_like=True, gc=False):
     sum: float
 
 
-class PlanSample(msgspec.Struct, frozen=True, kw_only=True):
+class PlanSample(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One layer of one step that moved something, as an example of what is done."""
 
     id: int  # 1, 2, 3, ...
@@ -104,7 +104,7 @@ class PlanSample(msgspec.Struct, frozen=True, kw_only=True):
     layer_seconds: float  # wall time of rank 0 inside the layer
 
 
-class GroupLoads(msgspec.Struct, frozen=True, kw_only=True):
+class GroupLoads(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What all ranks of an EP group hold alike; reported by rank 0."""
 
     tokens_PL: Array  # int64: real tokens that went through each layer
@@ -128,7 +128,7 @@ class GroupLoads(msgspec.Struct, frozen=True, kw_only=True):
     plans: tuple[PlanSample, ...]  # the newest, by id
 
 
-class Worth(msgspec.Struct, frozen=True, kw_only=True):
+class Worth(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What lending is worth, measured: some of the steps that would lend are computed by plain EP instead.
 
     seconds: wall time of this rank inside the layers that lent, or would have. pairs: those of the most loaded rank
@@ -150,7 +150,7 @@ class Worth(msgspec.Struct, frozen=True, kw_only=True):
         return self.lent_pairs * (self.probed_s / self.probed_pairs) - self.lent_s
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
+class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report", gc=False):
     """One rank's view at one moment."""
 
     protocol: int
@@ -200,7 +200,7 @@ class RecordingOrder(msgspec.Struct, frozen=True):
     max_bytes: int
 
 
-class Directive(msgspec.Struct, frozen=True, kw_only=True, tag="directive"):
+class Directive(msgspec.Struct, frozen=True, kw_only=True, tag="directive", gc=False):
     """What the scheduler tells the workers of one engine. `settings` is complete; revision 0 is the start."""
 
     protocol: int
@@ -215,7 +215,7 @@ class EngineName(msgspec.Struct, frozen=True):
     engine: str
 
 
-class ReportHeader(msgspec.Struct, frozen=True, kw_only=True):
+class ReportHeader(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What the agent reads of a Report that it passes on: cheap, for the counts are skipped."""
 
     info: EngineName
@@ -226,7 +226,7 @@ class ReportHeader(msgspec.Struct, frozen=True, kw_only=True):
     live_settings: dict[str, Any]
 
 
-class RankSnapshot(msgspec.Struct, frozen=True, array_like=True):
+class RankSnapshot(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What /metrics shows of each rank's newest Report; names are those of Report."""
 
     rank: int
@@ -242,7 +242,7 @@ class RankSnapshot(msgspec.Struct, frozen=True, array_like=True):
     errors: dict[str, int]
 
 
-class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One engine as the scheduler knows it, by the newest reports. A scrape of many engines takes as long as what is in
     here, so plans and what is counted per expert are not.
     """
@@ -257,7 +257,7 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     hot_ratios: tuple[float, ...]  # load / fair load of the hottest experts lately, in falling order
 
 
-class SchedulerSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):
+class SchedulerSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot", gc=False):
     """All that a scrape of /metrics needs."""
 
     protocol: int

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -20,23 +23,40 @@ from llep.messages import (
     STEP_PHASES,
     GroupLoads,
     Histogram,
+    RankSnapshot,
 )
 from llep.plan import Decision
 from llep.views import EngineState
 from llep_server.samples import Bucketed, Family, Level, Observed, Sample, ScrapedEngine
+
+# Plain strings: to go through an enumeration, or to make text of its members, takes longer.
+MODES, STATES, DECISIONS = (tuple(map(str, names)) for names in (Mode, EngineState, Decision))
 
 
 def _group(read: Callable[[GroupLoads], Iterable[Sample]]) -> Callable[[ScrapedEngine], Iterable[Sample]]:
     return lambda engine: read(engine.group) if engine.group else ()
 
 
-def _by_rank(values: Iterable[int]) -> Iterable[Sample]:
-    return (((str(rank),), value) for rank, value in enumerate(values))
+@lru_cache(maxsize=65536)
+def _labels(*values: object) -> tuple[str, ...]:
+    """The same object for the same values: a page has thousands, and from page to page only the numbers change."""
+    return tuple(map(str, values))
 
 
-def _in_and_out(incoming: Iterable[int], outgoing: Iterable[int]) -> Iterable[Sample]:
-    for direction, values in (("in", incoming), ("out", outgoing)):
-        yield from (((str(rank), direction), value) for rank, value in enumerate(values))
+@lru_cache(maxsize=256)
+def _all_labels(*choices: Iterable[object]) -> tuple[tuple[str, ...], ...]:
+    """Labels of every combination; the last one varies fastest."""
+    return tuple(itertools.starmap(_labels, itertools.product(*choices)))
+
+
+def _by_place(values: Iterable[float]) -> Iterable[Sample]:
+    return zip(map(_labels, itertools.count()), values, strict=False)
+
+
+def _in_and_out(group: GroupLoads) -> Iterable[Sample]:
+    for direction, spilled_R in (("in", group.spilled_in_R), ("out", group.spilled_out_R)):
+        tokens = spilled_R.numpy().tolist()
+        yield from zip(_all_labels(range(len(tokens)), (direction,)), tokens, strict=True)
 
 
 def _lends(factor: Callable[[GroupLoads], int]) -> Callable[[ScrapedEngine], Iterable[Sample]]:
@@ -48,9 +68,8 @@ def _lends(factor: Callable[[GroupLoads], int]) -> Callable[[ScrapedEngine], Ite
         links = LINKS if 0 < engine.info.ranks_per_node < engine.info.ep_size else LINKS[:1]
         each = factor(engine.group)
         for direction, lends_RK in (("in", engine.group.lends_in_RK), ("out", engine.group.lends_out_RK)):
-            for rank, by_link in enumerate(lends_RK.numpy().tolist()):
-                for link, lends in zip(links, by_link, strict=False):
-                    yield (str(rank), direction, link), lends * each
+            lends = (lends_RK.numpy()[:, : len(links)] * each).ravel().tolist()
+            yield from zip(_all_labels(range(engine.info.ep_size), (direction,), links), lends, strict=True)
 
     return read
 
@@ -58,15 +77,11 @@ def _lends(factor: Callable[[GroupLoads], int]) -> Callable[[ScrapedEngine], Ite
 def _info(engine: ScrapedEngine) -> Iterable[Sample]:
     info = engine.info
     planner = str(engine.setting("planner"))
-    yield (info.llep_version, info.vllm_version, planner, info.quantization, str(info.ep_size)), 1
+    yield _labels(info.llep_version, info.vllm_version, planner, info.quantization, info.ep_size), 1
 
 
-def _mode(engine: ScrapedEngine) -> Iterable[Sample]:
-    return (((str(mode),), int(engine.setting("mode") == mode)) for mode in Mode)
-
-
-def _state(engine: ScrapedEngine) -> Iterable[Sample]:
-    return (((str(state),), int(engine.snapshot.state == state)) for state in EngineState)
+def _one_of(names: tuple[str, ...], holds: str) -> Iterable[Sample]:
+    return ((_labels(name), int(name == holds)) for name in names)
 
 
 def _start_time(engine: ScrapedEngine) -> Iterable[Sample]:
@@ -91,12 +106,12 @@ def _last_plan(group: GroupLoads) -> Iterable[Sample]:
 
 
 def _decisions(group: GroupLoads) -> Iterable[Sample]:
-    return (((str(decision),), group.decisions.get(decision, 0)) for decision in Decision)
+    return ((_labels(decision), group.decisions.get(decision, 0)) for decision in DECISIONS)
 
 
 def _imbalance(group: GroupLoads) -> Iterable[Sample]:
     pairs = zip(STAGES, group.imbalance_histograms, strict=True)
-    return (((stage,), Bucketed(histogram, IMBALANCE_BUCKETS)) for stage, histogram in pairs)
+    return ((_labels(stage), Bucketed(histogram, IMBALANCE_BUCKETS)) for stage, histogram in pairs)
 
 
 def _balancedness(group: GroupLoads) -> Iterable[Sample]:
@@ -104,39 +119,43 @@ def _balancedness(group: GroupLoads) -> Iterable[Sample]:
     sums_PS = group.balancedness_sum_PLS.numpy().sum(axis=1)
     for place, phase in enumerate(STEP_PHASES):
         for stage, name in enumerate(STAGES):
-            yield (name, phase), Observed(int(steps_P[place]), float(sums_PS[place, stage]))
+            yield _labels(name, phase), Observed(int(steps_P[place]), float(sums_PS[place, stage]))
 
 
 def _worth(unit: str) -> Callable[[ScrapedEngine], Iterable[Sample]]:
     """A counter of Worth's, by phase and side, as rank 0 measured it."""
+    sides = [(side, operator.attrgetter(f"{side}_{unit}")) for side in ("lent", "probed")]
 
     def read(engine: ScrapedEngine) -> Iterable[Sample]:
         for phase, worth in engine.speaker.worth.items():
-            yield from (((phase, side), getattr(worth, f"{side}_{unit}")) for side in ("lent", "probed"))
+            yield from ((_labels(phase, side), read_side(worth)) for side, read_side in sides)
 
     return read
 
 
 def _measured_gain(engine: ScrapedEngine) -> Iterable[Sample]:
     gains = ((phase, worth.gain_s) for phase, worth in engine.speaker.worth.items())
-    return (((phase,), gain_s) for phase, gain_s in gains if gain_s is not None)
+    return ((_labels(phase), gain_s) for phase, gain_s in gains if gain_s is not None)
 
 
 def _device_free(engine: ScrapedEngine) -> Iterable[Sample]:
     known = (report for report in engine.ranks if report.device_total_bytes)
-    return (((str(report.rank),), report.device_free_bytes / report.device_total_bytes) for report in known)
+    return ((_labels(report.rank), report.device_free_bytes / report.device_total_bytes) for report in known)
 
 
 def _phase_seconds(engine: ScrapedEngine) -> Iterable[Sample]:
-    phases = {phase: None for report in engine.ranks for phase in report.phase_seconds}
-    for phase in phases:
-        histograms = [report.phase_seconds[phase] for report in engine.ranks if phase in report.phase_seconds]
+    by_phase: dict[str, list[Histogram]] = {}
+    for report in engine.ranks:
+        for phase, histogram in report.phase_seconds.items():
+            by_phase.setdefault(phase, []).append(histogram)
+    for phase, histograms in by_phase.items():
         counts = tuple(map(sum, zip(*(histogram.counts for histogram in histograms), strict=True)))
-        yield (phase,), Bucketed(Histogram(counts, sum(histogram.sum for histogram in histograms)), SECONDS_BUCKETS)
+        total_s = sum(histogram.sum for histogram in histograms)
+        yield _labels(phase), Bucketed(Histogram(counts, total_s), SECONDS_BUCKETS)
 
 
-def _each_rank(field: str) -> Callable[[ScrapedEngine], Iterable[Sample]]:
-    return lambda engine: (((str(report.rank),), getattr(report, field)) for report in engine.ranks)
+def _each_rank(read: Callable[[RankSnapshot], float]) -> Callable[[ScrapedEngine], Iterable[Sample]]:
+    return lambda engine: ((_labels(report.rank), read(report)) for report in engine.ranks)
 
 
 def _errors(engine: ScrapedEngine) -> Iterable[Sample]:
@@ -156,14 +175,14 @@ def _layer_imbalance(engine: ScrapedEngine) -> Iterable[Sample]:
     steps, sums = (a.numpy().sum(axis=0) for a in (engine.group.layer_steps_PL, engine.group.imbalance_sum_PLS))
     for index, layer in enumerate(engine.info.layer_numbers):
         for stage, name in enumerate(STAGES):
-            yield (str(layer), name), Observed(int(steps[index]), float(sums[index, stage]))
+            yield _labels(layer, name), Observed(int(steps[index]), float(sums[index, stage]))
 
 
 def _layer_rank_computed(engine: ScrapedEngine) -> Iterable[Sample]:
     if engine.group is None:
         return
     for layer, by_rank in zip(engine.info.layer_numbers, engine.group.computed_PLR.numpy().sum(axis=0), strict=True):
-        yield from (((str(layer), str(rank)), int(tokens)) for rank, tokens in enumerate(by_rank))
+        yield from ((_labels(layer, rank), int(tokens)) for rank, tokens in enumerate(by_rank))
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -197,7 +216,7 @@ FAMILIES: tuple[Family, ...] = (
         "1 for the state that the engine is in, 0 for the others; live: every rank reports.",
         ("state",),
         Level.ALWAYS,
-        _state,
+        lambda engine: _one_of(STATES, engine.snapshot.state),
     ),
     Family(
         "llep_metrics_levels_dropped",
@@ -213,7 +232,7 @@ FAMILIES: tuple[Family, ...] = (
         "1 for the mode that is live, 0 for the others.",
         ("mode",),
         Level.RANK,
-        _mode,
+        lambda engine: _one_of(MODES, engine.setting("mode")),
     ),
     Family(
         "llep_settings_revision",
@@ -285,7 +304,7 @@ FAMILIES: tuple[Family, ...] = (
         "Forward passes with at least one real token, by phase.",
         ("phase",),
         Level.RANK,
-        lambda engine: (((phase,), steps) for phase, steps in engine.speaker.steps.items()),
+        lambda engine: ((_labels(phase), steps) for phase, steps in engine.speaker.steps.items()),
     ),
     Family(
         "llep_tokens_total",
@@ -317,7 +336,7 @@ FAMILIES: tuple[Family, ...] = (
         "Token-expert pairs that plain EP would have computed on the rank, over all layers.",
         ("ep_rank",),
         Level.RANK,
-        _group(lambda group: _by_rank(group.routed_PLR.numpy().sum(axis=(0, 1)).tolist())),
+        _group(lambda group: _by_place(group.routed_PLR.numpy().sum(axis=(0, 1)).tolist())),
     ),
     Family(
         "llep_rank_computed_tokens_total",
@@ -325,7 +344,7 @@ FAMILIES: tuple[Family, ...] = (
         "Token-expert pairs computed on the rank, over all layers.",
         ("ep_rank",),
         Level.RANK,
-        _group(lambda group: _by_rank(group.computed_PLR.numpy().sum(axis=(0, 1)).tolist())),
+        _group(lambda group: _by_place(group.computed_PLR.numpy().sum(axis=(0, 1)).tolist())),
     ),
     Family(
         "llep_imbalance_ratio",
@@ -349,7 +368,7 @@ FAMILIES: tuple[Family, ...] = (
         "Token-expert pairs computed off their home rank: in, for others; out, elsewhere.",
         ("ep_rank", "direction"),
         Level.RANK,
-        _group(lambda group: _in_and_out(group.spilled_in_R.numpy().tolist(), group.spilled_out_R.numpy().tolist())),
+        _group(_in_and_out),
     ),
     Family(
         "llep_lends_total",
@@ -381,7 +400,7 @@ FAMILIES: tuple[Family, ...] = (
         "Wall time that the rank spent inside MoE layers, waiting for other ranks included.",
         ("ep_rank",),
         Level.RANK,
-        lambda engine: (((str(r.rank),), sum(r.layer_seconds.values())) for r in engine.ranks),
+        _each_rank(lambda report: sum(report.layer_seconds.values())),
     ),
     Family(
         "llep_predicted_gain_seconds_total",
@@ -429,7 +448,7 @@ FAMILIES: tuple[Family, ...] = (
         "Bytes reserved for llep on the rank at start.",
         ("ep_rank",),
         Level.RANK,
-        _each_rank("memory_budget_bytes"),
+        _each_rank(operator.attrgetter("memory_budget_bytes")),
     ),
     Family(
         "llep_memory_used_bytes",
@@ -437,7 +456,7 @@ FAMILIES: tuple[Family, ...] = (
         "Bytes of workspace, and of slots in use in the last step that lent.",
         ("ep_rank",),
         Level.RANK,
-        _each_rank("memory_used_bytes"),
+        _each_rank(operator.attrgetter("memory_used_bytes")),
     ),
     Family(
         "llep_memory_peak_bytes",
@@ -445,7 +464,7 @@ FAMILIES: tuple[Family, ...] = (
         "Bytes of workspace, and most of slots in use in any step since start.",
         ("ep_rank",),
         Level.RANK,
-        _each_rank("memory_peak_bytes"),
+        _each_rank(operator.attrgetter("memory_peak_bytes")),
     ),
     Family(
         "llep_memory_replica_bytes",
@@ -485,7 +504,7 @@ FAMILIES: tuple[Family, ...] = (
         "Load / fair load of the hottest experts over all layers in the last minute, by place.",
         ("place",),
         Level.RANK,
-        lambda engine: (((str(place),), ratio) for place, ratio in enumerate(engine.snapshot.hot_ratios)),
+        lambda engine: _by_place(engine.snapshot.hot_ratios),
     ),
     Family(
         "llep_errors_total",

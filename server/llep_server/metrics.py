@@ -1,11 +1,10 @@
-"""The text of /metrics: made from the scheduler's newest snapshot, off the event loop, and kept for a moment."""
+"""The text of /metrics: made from the scheduler's newest snapshot, in slices, and kept for a moment."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 
 from prometheus_client.core import GaugeMetricFamily
@@ -13,11 +12,11 @@ from prometheus_client.exposition import choose_encoder
 
 from llep.config import MetricsLevel, Settings
 from llep.errors import LlepError
-from llep.messages import SchedulerSnapshot
 from llep_server.families import FAMILIES, SCHEDULER_FAMILIES
 from llep_server.samples import LEVELS, Level, Sample, ScrapedEngine, Shown
 from llep_server.scheduler import Scheduler
-from llep_server.text import encode
+from llep_server.slices import sliced
+from llep_server.text import texts
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,8 @@ class Exposition:
         async with self._lock:
             await self._refresh()
             if content_type not in self._pages:
-                self._pages[content_type] = await asyncio.to_thread(encode, self._shown, is_openmetrics=is_openmetrics)
+                found = [text async for text in sliced(texts(self._shown, is_openmetrics=is_openmetrics))]
+                self._pages[content_type] = "".join(found).encode()
             return self._pages[content_type], content_type
 
     async def shown(self) -> list[Shown]:
@@ -64,10 +64,19 @@ class Exposition:
         except LlepError as error:
             logger.debug("no snapshot for /metrics: %s", error.message)
             return [_scheduler_gauge("llep_scheduler_up", False)]
-        return await asyncio.to_thread(self._build, snapshot)
+        collection = Collection()
+        async for engine in sliced(snapshot.engines):
+            if engine.speaker:
+                collection.add(ScrapedEngine.of(engine))
+        self._warn(collection.dropped)
+        return [
+            _scheduler_gauge("llep_scheduler_up", True),
+            _scheduler_gauge("llep_scheduler_store_open", snapshot.store_open),
+            *collection.shown,
+        ]
 
-    def _build(self, snapshot: SchedulerSnapshot) -> list[Shown]:
-        shown, dropped = build(list(map(ScrapedEngine.of, filter(lambda engine: engine.speaker, snapshot.engines))))
+    def _warn(self, dropped: dict[str, int]) -> None:
+        """Of engines that show less than before."""
         for engine, levels in dropped.items():
             if levels > self._dropped.get(engine, 0):
                 logger.warning(
@@ -76,21 +85,23 @@ class Exposition:
                     *(engine, levels),
                 )
         self._dropped = dropped
-        is_open = snapshot.store_open
-        return [
-            _scheduler_gauge("llep_scheduler_up", True),
-            _scheduler_gauge("llep_scheduler_store_open", is_open),
-            *shown,
-        ]
 
 
-def build(engines: Sequence[ScrapedEngine]) -> tuple[list[Shown], dict[str, int]]:
-    """All families that have a sample, each engine within its metrics_max_series; and the levels dropped by engine."""
-    shown = {family.name: family.shown() for family in FAMILIES}
-    dropped: dict[str, int] = {}
-    for engine in engines:
+class Collection:
+    """Families, and what each engine shows of them within its metrics_max_series."""
+
+    def __init__(self) -> None:
+        self._families = {family.name: family.shown() for family in FAMILIES}
+        self.dropped: dict[str, int] = {}  # levels by engine
+
+    @property
+    def shown(self) -> list[Shown]:
+        """The families that have a sample."""
+        return [family for family in self._families.values() if family.by_engine]
+
+    def add(self, engine: ScrapedEngine) -> None:
         samples, level, wanted = _samples_within_budget(engine)
-        dropped[engine.snapshot.engine] = wanted - level
+        self.dropped[engine.snapshot.engine] = wanted - level
         engine = replace(engine, levels_dropped=wanted - level)
         names = (engine.info.model_name, engine.snapshot.engine)
         for family in FAMILIES:
@@ -98,8 +109,7 @@ def build(engines: Sequence[ScrapedEngine]) -> tuple[list[Shown], dict[str, int]
                 continue
             found = list(family.read(engine)) if family.level is Level.ALWAYS else samples[family.name]
             if found:
-                shown[family.name].by_engine.append((names, found))
-    return [family for family in shown.values() if family.by_engine], dropped
+                self._families[family.name].by_engine.append((names, found))
 
 
 def _samples_within_budget(engine: ScrapedEngine) -> tuple[dict[str, list[Sample]], Level, Level]:

@@ -6,7 +6,7 @@ Ours never do: metric and label names are plain, and no sample has a timestamp o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from math import isfinite
 
@@ -15,18 +15,18 @@ from prometheus_client.utils import floatToGoString
 from llep_server.samples import ENGINE_LABELS, Bucketed, Observed, Sample, Shown, Value
 
 
-def encode(families: Iterable[Shown], *, is_openmetrics: bool) -> bytes:
-    """The whole page."""
-    lines: list[str] = []
+def texts(families: Iterable[Shown], *, is_openmetrics: bool) -> Iterator[str]:
+    """The whole page, piece by piece."""
     for family in families:
         # Prometheus' own format knows no families: there the name of a counter is that of its samples.
         name = family.name.removesuffix("_total") if is_openmetrics else family.name
         words = _escape(family.help) if is_openmetrics else _escape_help(family.help)
         kind = family.kind.__name__.removesuffix("MetricFamily").lower()
-        lines += (f"# HELP {name} {words}", f"# TYPE {name} {kind}")
+        yield f"# HELP {name} {words}\n# TYPE {name} {kind}\n"
         for names, samples in family.by_engine:
-            lines.append(_lines(family, names, samples))
-    return "\n".join([*lines, *(["# EOF"] if is_openmetrics else []), ""]).encode()
+            yield _lines(family, names, samples)
+    if is_openmetrics:
+        yield "# EOF\n"
 
 
 def _lines(family: Shown, names: tuple[str, ...], samples: Sequence[Sample]) -> str:
@@ -36,7 +36,7 @@ def _lines(family: Shown, names: tuple[str, ...], samples: Sequence[Sample]) -> 
     if form.labels != labels:
         form.labels = labels
         series = [each for own, value in samples for each in _series(family, names, own, value)]
-        form.text = "\n".join(f"{each.replace('%', '%%')} %s" for each in series)
+        form.text = "".join(f"{each.replace('%', '%%')} %s\n" for each in series)
     if isinstance(samples[0][1], Bucketed | Observed):
         numbers = tuple(itertools.chain.from_iterable(value.numbers for _, value in samples))  # type: ignore[union-attr]
     else:

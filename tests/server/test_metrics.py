@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import httpx
@@ -22,10 +22,10 @@ from running import Running, start
 from llep.messages import EngineSnapshot, rank_snapshot, without_experts
 from llep_server.config import ServerConfig
 from llep_server.families import FAMILIES, SCHEDULER_FAMILIES
-from llep_server.metrics import KEEP_S, build
+from llep_server.metrics import KEEP_S, Collection
 from llep_server.reference import markdown
 from llep_server.samples import ENGINE_LABELS, Level, ScrapedEngine, Shown
-from llep_server.text import encode
+from llep_server.text import texts
 from tests.ops.tools import tool
 
 HOTTEST = tuple(3.0 - place / 10 for place in range(10))
@@ -56,7 +56,7 @@ def scrape(running: Running) -> Scrape:
     return Scrape(parse_text(response.text))
 
 
-def snapshot_of(engine: Engine, silent: Collection[int] = (), hot_ratios: tuple[float, ...] = ()) -> EngineSnapshot:
+def snapshot_of(engine: Engine, silent: Iterable[int] = (), hot_ratios: tuple[float, ...] = ()) -> EngineSnapshot:
     reports = [report for report in engine.reports() if report.rank not in silent]
     return EngineSnapshot(
         engine=engine.name,
@@ -70,8 +70,14 @@ def snapshot_of(engine: Engine, silent: Collection[int] = (), hot_ratios: tuple[
     )
 
 
+def shown_of(engine: ScrapedEngine) -> list[Shown]:
+    collection = Collection()
+    collection.add(engine)
+    return collection.shown
+
+
 def metrics_of(engine: ScrapedEngine) -> list[Metric]:
-    return [shown.metric() for shown in build([engine])[0]]
+    return [shown.metric() for shown in shown_of(engine)]
 
 
 def families_of(engine: Engine) -> Scrape:
@@ -272,7 +278,7 @@ def test_openmetrics_too(running: Running) -> None:
 def test_the_text_is_what_prometheus_client_would_write(accept: str) -> None:
     engine = Engine(name='a"b\\c\n', start={"metrics_level": "layer_rank"}, errors={"transport/timeout": 2})
     engine.run()
-    shown, _ = build([ScrapedEngine.of(snapshot_of(engine))])
+    shown = shown_of(ScrapedEngine.of(snapshot_of(engine)))
 
     class Collected(Collector):
         def collect(self) -> list[Metric]:
@@ -281,7 +287,7 @@ def test_the_text_is_what_prometheus_client_would_write(accept: str) -> None:
     encoder, content_type = choose_encoder(accept)
     parse = parse_openmetrics if accept else parse_text
     theirs = encoder(Collected()).decode()
-    ours = encode(shown, is_openmetrics=bool(accept)).decode()
+    ours = "".join(texts(shown, is_openmetrics=bool(accept)))
     assert list(parse(ours)) == list(parse(theirs))
     assert content_type.startswith("application/openmetrics-text") == bool(accept)
     assert names_of(ours) == names_of(theirs)
@@ -297,7 +303,7 @@ def names_of(page: str) -> list[str]:
 def test_any_number_is_read_back_as_it_was(value: float) -> None:
     shown = Shown("llep_x", GaugeMetricFamily, "x", ("a",), [(("m%s", "e"), [(("%d",), value), (("b",), 2)])])
     for is_openmetrics, parse in ((True, parse_openmetrics), (False, parse_text)):
-        (family,) = parse(encode([shown], is_openmetrics=is_openmetrics).decode())
+        (family,) = parse("".join(texts([shown], is_openmetrics=is_openmetrics)))
         first, second = family.samples
         assert repr(float(first.value)) == repr(float(value)) and second.value == 2.0
         assert first.labels == {"model_name": "m%s", "engine": "e", "a": "%d"}
@@ -308,7 +314,7 @@ def test_an_engines_lines_follow_its_labels() -> None:
         shown = Shown(
             "llep_y", GaugeMetricFamily, "y", ("a",), [(("m", "e"), [((a,), i) for i, a in enumerate(labels)])]
         )
-        (family,) = parse_text(encode([shown], is_openmetrics=False).decode())
+        (family,) = parse_text("".join(texts([shown], is_openmetrics=False)))
         return {sample.labels["a"]: sample.value for sample in family.samples}
 
     assert sums("p", "q") == {"p": 0, "q": 1}
