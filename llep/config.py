@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from llep.errors import SettingsError
 
@@ -80,8 +80,8 @@ def parse_layers(value: Any) -> Any:
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     numbers: set[int] = set()
     for part in parts:
-        first, _, last = str(part).strip().partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()) or (last and int(last) < int(first)):
+        first, dash, last = str(part).strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise ValueError(f"{part!r} is neither 'all' nor a layer number nor a range such as 3-7")
         if int(last or first) > 9999:
             raise ValueError(f"{part!r} is above the highest layer number allowed, 9999")
@@ -188,6 +188,14 @@ class Settings(BaseModel):
         0, "bytes per rank for pool, replicas and workspace, slots are what fits; 0 takes slots_per_rank", ge=0
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
+            raise ValueError("input should be a number")
+        return value
+
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
         """Settings from plain values. Raises SettingsError naming the value, the rule and, for a typo, the nearest."""
@@ -254,7 +262,13 @@ def _read_file(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise SettingsError(f"LLEP_CONFIG={path} must hold 'key: value' lines, got {type(values).__name__}")
-    return values
+    # YAML reads a bare `off` as false.
+    return {key: "off" if value is False and _can_be_off(key) else value for key, value in values.items()}
+
+
+def _can_be_off(key: str) -> bool:
+    info = Settings.model_fields.get(key)
+    return info is not None and info.annotation in (Mode, Replicas, MetricsLevel)
 
 
 def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:

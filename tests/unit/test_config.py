@@ -40,6 +40,9 @@ def test_defaults_are_valid_and_plain_json() -> None:
         ({"min_chunk_tokens": 0}, "(default 1024)"),
         ({"layers": "5-3"}, "layers='5-3' is not valid: '5-3' is neither 'all' nor a layer number nor a range"),
         ({"layers": ""}, "neither 'all'"),
+        ({"layers": "1-"}, "neither 'all'"),
+        ({"imbalance_threshold": True}, "imbalance_threshold=True is not valid: input should be a number"),
+        ({"min_chunk_tokens": True}, "input should be a number"),
         ({"layers": []}, "at least one layer"),
         ({"layers": "0-99999"}, "above the highest layer number"),
         ({"slots_per_rank": -1}, "greater than or equal to 0"),
@@ -109,6 +112,21 @@ def test_bad_files(tmp_path: Path, content: str, words: str) -> None:
 def test_an_empty_file_is_fine(tmp_path: Path) -> None:
     (tmp_path / "llep.yaml").touch()
     assert load_settings(environ={"LLEP_CONFIG": str(tmp_path / "llep.yaml")})[0] == Settings()
+
+
+def test_a_bare_off_in_a_file_is_the_word(tmp_path: Path) -> None:
+    file = tmp_path / "llep.yaml"
+    file.write_text("mode: off\nreplicas: off\nmetrics_level: off\nauto_tune: off\n")
+    settings, _ = load_settings(environ={"LLEP_CONFIG": str(file)})
+    assert (settings.mode, settings.replicas, settings.metrics_level, settings.auto_tune) == (
+        "off",
+        "off",
+        "off",
+        False,
+    )
+    file.write_text("watchdog_s: off")
+    with pytest.raises(SettingsError, match="watchdog_s=False is not valid: input should be a number"):
+        load_settings(environ={"LLEP_CONFIG": str(file)})
 
 
 def test_where_things_are_is_not_a_setting() -> None:
