@@ -53,12 +53,12 @@ def note(request: Request, **fields: str | int) -> None:
     request.scope["state"].setdefault("log", {}).update(fields)
 
 
-async def only_engine(scheduler: Scheduler) -> str:
+async def only_engine(scheduler: Scheduler, where: str = "query") -> str:
     """The one engine that has reported. Raises InvalidRequest if there are several or none."""
     names = [view.id for view in await scheduler.engines()]
     if len(names) != 1:
         known = f"there are {', '.join(names)}" if names else "none has reported yet"
-        raise InvalidRequest(f"engine is missing from the query: {known}", param="engine")
+        raise InvalidRequest(f"engine is missing from the {where}: {known}", param="engine")
     return names[0]
 
 

@@ -274,6 +274,8 @@ def _sentence(request: Request, error: HTTPException, allowed: str) -> str:
     path = request.url.path
     if error.status_code == 404:
         return f"there is nothing at {path!r}: see /docs for what there is"
+    if error.status_code == 400:
+        return "the body can't be read: it is not UTF-8, or a number or the nesting in it is too large"
     if error.status_code == 405:
         return f"{request.method} is not for {path}: use {allowed}"
     return str(error.detail)

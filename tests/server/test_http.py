@@ -173,7 +173,8 @@ def test_invalid_settings_change_nothing(unchanged: Running, patch: dict[str, An
 )
 def test_bad_bodies(unchanged: Running, content: bytes, content_type: str, status: int, code: str) -> None:
     headers = {"Content-Type": content_type} if content_type else {}
-    error_of(unchanged.http.patch("/v1/settings", content=content, headers=headers), status, code)
+    error = error_of(unchanged.http.patch("/v1/settings", content=content, headers=headers), status, code)
+    assert "body" in error["message"] or error["param"] in Settings.model_fields
     assert unchanged.http.get("/v1/settings").json()["revision"] == 0
 
 
@@ -349,6 +350,9 @@ def test_what_is_about_one_engine_needs_its_name_only_where_there_are_several(ru
     running.report(Engine(name="other"))
     for path in paths:
         assert "other, tiny" in error_of(running.http.get(path), 422, "invalid_request")["message"]
+    for path in ("/v1/recordings", "/v1/placement/apply"):
+        message = error_of(running.http.post(path, json={}), 422, "invalid_request")["message"]
+        assert message == "engine is missing from the body: there are other, tiny"
 
 
 def test_matrices_in_every_format_say_the_same(running: Running) -> None:

@@ -29,7 +29,7 @@ async def apply_placement(
     request: Request, scheduler: SchedulerDep, author: AuthorDep, body: PlacementChange
 ) -> PlacementView:
     """Order resident replicas: those given, or else the suggestion's. Ranks fill them between steps, then use them."""
-    engine = body.engine or await only_engine(scheduler)
+    engine = body.engine or await only_engine(scheduler, "body")
     view = await scheduler.placement_apply(
         engine,
         author=author,
@@ -46,7 +46,7 @@ async def rollback_placement(
     request: Request, scheduler: SchedulerDep, author: AuthorDep, body: PlacementRollback
 ) -> PlacementView:
     """Go back to the placement before the present one."""
-    engine = body.engine or await only_engine(scheduler)
+    engine = body.engine or await only_engine(scheduler, "body")
     view = await scheduler.placement_rollback(engine, author=author, reason=body.reason)
     note(request, engine=engine, revision=view.number)
     return view

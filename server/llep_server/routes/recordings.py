@@ -23,7 +23,7 @@ async def start_recording(
 ) -> RecordingView:
     """Record an engine's counts for a time, a number of steps or a size, whichever is over first."""
     recording = await scheduler.recording_start(
-        body.engine or await only_engine(scheduler),
+        body.engine or await only_engine(scheduler, "body"),
         author=author,
         reason=body.reason,
         duration_s=body.duration_s,
