@@ -2,7 +2,7 @@
 
 Skewed: tiny gpt-oss, hidden 1024, ~93% of the pairs on one of two ranks; planner `home` against lending, in turn.
 Balanced: the same without hot experts; mode `off` against lending, in turn. Skewed-dp: as skewed, but data-parallel,
-under `llep serve`, with one prompt for each rank. Prints and appends one JSON line a case.
+with one prompt for each rank. Prints and appends one JSON line a case.
 
     python -m bench.serving [skewed balanced skewed-dp] [--repeats 7] [--append]
 """
@@ -10,23 +10,21 @@ under `llep serve`, with one prompt for each rank. Prints and appends one JSON l
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-import httpx
 
 from bench.record import add_record
 from llep.messages import LAYER_PHASES, PROTOCOL, Directive, Report, decode_report, encode
 from llep.tiny_models import write_tiny_model
-from tests.e2e.stack import DP_EP, Stack
+from tests.vllm.engine import free_port
 
 PROMPT_TOKENS = 4096
 VOCABULARY = 2048
@@ -51,13 +49,13 @@ CASES: dict[str, dict[str, Any]] = {
 class Engine:
     """vLLM in this process, its workers beside it."""
 
-    def __init__(self, model: Path, eager: bool) -> None:
+    def __init__(self, model: Path, eager: bool, tensor_parallel_size: int = 2) -> None:
         from vllm import LLM, SamplingParams
 
         self._llm = LLM(
             model=str(model),
             dtype="float32",
-            tensor_parallel_size=2,
+            tensor_parallel_size=tensor_parallel_size,
             enable_expert_parallel=True,
             enforce_eager=eager,
             max_model_len=PROMPT_TOKENS + 16,
@@ -97,13 +95,19 @@ class Engine:
         before = self.reports()
         start = time.perf_counter()
         self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], self._sampling, use_tqdm=False)
-        seconds = time.perf_counter() - start
-        after = self.reports()
-        moe_R = [_layer_seconds(b) - _layer_seconds(a) for a, b in zip(before, after, strict=True)]
-        compute_R = _spent("compute", before, after)
-        busiest = compute_R.index(max(compute_R))
-        phases = {f"{phase}_s": _spent(phase, before, after)[busiest] for phase in LAYER_PHASES}
-        return {"prefill_s": seconds, "moe_s": max(moe_R), **phases, **_loads(before[0], after[0])}
+        return _measured(time.perf_counter() - start, before, self.reports())
+
+
+def _measured(seconds: float, before: Sequence[Report], after: Sequence[Report]) -> dict[str, float]:
+    """What a prefill took. moe_s: of the slowest rank, without its waits for the other to come to the layer."""
+    spent_R = {phase: _spent(phase, before, after) for phase in LAYER_PHASES}
+    moe_R = [
+        _layer_seconds(b) - _layer_seconds(a) - count
+        for a, b, count in zip(before, after, spent_R["count"], strict=True)
+    ]
+    slowest = moe_R.index(max(moe_R))
+    phases = {f"{phase}_s": spent[slowest] for phase, spent in spent_R.items()}
+    return {"prefill_s": seconds, "moe_s": moe_R[slowest], **phases, **_loads(before[0], after[0])}
 
 
 def _layer_seconds(report: Report) -> float:
@@ -124,61 +128,60 @@ def _loads(before: Report, after: Report) -> dict[str, float]:
 
 
 class DataParallelEngine:
-    """`llep serve` with two data-parallel ranks, asked over HTTP."""
+    """Two of vLLM, data-parallel ranks of one engine, each in a process of its own with one prompt of a pair."""
 
-    def __init__(self, stack: Stack, layers: int) -> None:
-        self._stack, self._layers = stack, layers
-        stack.wait_until_serving()
+    def __init__(self, model: Path, eager: bool) -> None:
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
+        self._ranks = []
+        for rank in range(2):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve_rank, args=(rank, port, theirs, str(model), eager))
+            process.start()
+            theirs.close()
+            self._ranks.append((process, mine))
+        self._answers()
 
     def switch(self, settings: dict[str, Any]) -> None:
-        self._stack.patch(**settings)
+        self._ask("switch", settings, settings)
 
     def prefill(self, *prompts: list[int]) -> dict[str, float]:
-        """One prefill of all prompts at once: its seconds, and those in MoE layers on the slowest rank."""
-        counts = [self._counts()]
+        """One prefill of both prompts at once: its seconds, and those in MoE layers on the slowest rank."""
+        first, second = prompts if len(prompts) == 2 else (prompts[0], prompts[0])
+        before = self._ask("report")
         start = time.perf_counter()
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            list(pool.map(self._complete, prompts))
+        self._ask("prefill", first, second)
         seconds = time.perf_counter() - start
-        tokens = self._layers * TOP_K * sum(map(len, prompts))
-        self._stack.wait_for(lambda: sum(self._counts()["routed"]) >= sum(counts[0]["routed"]) + tokens, 30)
-        counts.append(self._counts())
-        spent = {key: [b - a for a, b in zip(counts[0][key], counts[1][key], strict=True)] for key in counts[0]}
-        total = max(sum(spent["routed"]), 1)
-        return {
-            "prefill_s": seconds,
-            "moe_s": max(spent["layer_seconds"]),
-            "routed_share": max(spent["routed"]) / total,
-            "computed_share": max(spent["computed"]) / total,
-        }
+        return _measured(seconds, before, self._ask("report"))
 
-    def _complete(self, prompt: list[int]) -> None:
-        body = {"model": "model", "prompt": prompt, "max_tokens": 1, "temperature": 0}
-        httpx.post(f"{self._stack.api}/v1/completions", json=body, timeout=300).raise_for_status()
+    def close(self) -> None:
+        for process, pipe in self._ranks:
+            pipe.send(("close",))
+            process.join(60)
 
-    def _counts(self) -> dict[str, list[float]]:
-        names = {
-            "routed": "llep_rank_routed_tokens_total",
-            "computed": "llep_rank_computed_tokens_total",
-            "layer_seconds": "llep_layer_seconds_total",
-        }
-        metrics = self._stack.metrics()
-        return {key: [metrics[name][("ep_rank", str(rank)),] for rank in range(2)] for key, name in names.items()}
+    def _ask(self, what: str, *of_rank: Any) -> list[Any]:
+        """The same of both ranks at once, each with what is its own -> what each answers."""
+        for (_, pipe), own in zip(self._ranks, of_rank or [None, None], strict=True):
+            pipe.send((what, own))
+        return self._answers()
+
+    def _answers(self) -> list[Any]:
+        return [pipe.recv() for _, pipe in self._ranks]
 
 
-@contextmanager
-def start_engine(
-    case: str, model: Path, folder: Path, layers: int, eager: bool
-) -> Iterator[Engine | DataParallelEngine]:
-    if case.endswith("-dp"):
-        limits = ("--max-model-len", str(PROMPT_TOKENS + 16), "--max-num-batched-tokens", str(PROMPT_TOKENS))
-        flags = ("--dtype", "float32", "--no-enable-prefix-caching", *(["--enforce-eager"] if eager else []))
-        with Stack(model, folder, *DP_EP, *limits, *flags) as stack:
-            yield DataParallelEngine(stack, layers)
-    else:
-        engine = Engine(model, eager)
-        yield engine
-        engine.close()
+def _serve_rank(rank: int, port: int, pipe: Connection, model: str, eager: bool) -> None:
+    """One data-parallel rank: does what it is told through `pipe`, until it is closed."""
+    os.environ |= {"VLLM_DP_RANK": str(rank), "VLLM_DP_SIZE": "2", "VLLM_DP_MASTER_PORT": str(port)}
+    engine = Engine(Path(model), eager, tensor_parallel_size=1)
+    do: dict[str, Callable[[Any], Any]] = {
+        "switch": engine.switch,
+        "report": lambda _: engine.reports()[0],
+        "prefill": lambda prompt: engine.generate([prompt], max_tokens=1),
+    }
+    pipe.send(None)
+    while (told := pipe.recv())[0] != "close":
+        pipe.send(do[told[0]](told[1]))
+    engine.close()
 
 
 def run(case: str, repeats: int, layers: int, eager: bool) -> dict[str, Any]:
@@ -195,8 +198,12 @@ def run(case: str, repeats: int, layers: int, eager: bool) -> dict[str, Any]:
             vocab=VOCABULARY,
             **setup["model"],
         )
-        with start_engine(case, model.directory, Path(folder), layers, eager) as engine:
-            runs = measure(engine, setup, repeats, 2 if case.endswith("-dp") else 1)
+        is_dp = case.endswith("-dp")
+        engine = (DataParallelEngine if is_dp else Engine)(model.directory, eager)
+        try:
+            runs = measure(engine, setup, repeats, 2 if is_dp else 1)
+        finally:
+            engine.close()
     return {"case": case, "layers": layers, "repeats": repeats, "eager": eager, **_summary(runs, setup)}
 
 
@@ -250,7 +257,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--append", action="store_true", help="append to bench/results/serving.jsonl")
     options = parser.parse_args(arguments)
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    os.environ.pop("LLEP_RAY_ADDRESS", None)
     for case in options.cases:
         add_record("serving", run(case, options.repeats, options.layers, not options.compiled), append=options.append)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import os
 import signal
@@ -11,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ ONE_RANK = ("--enforce-eager",)
 TP_EP = ("--tensor-parallel-size", "2", "--enable-expert-parallel")
 DP_EP = ("--data-parallel-size", "2", "--enable-expert-parallel")
 TP_DP_EP = ("--tensor-parallel-size", "2", *DP_EP)
+SWITCHABLE = ("--worker-extension-cls", "tests.vllm.extension.Switch")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,14 @@ class Reply:
 class Engine:
     url: str
     log: Path
+    _revisions: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    def switch(self, **settings: Any) -> None:
+        """Change settings of an engine that was started with SWITCHABLE; live when it returns."""
+        arguments = [str(next(self._revisions)), json.dumps(settings)]
+        body = {"method": "llep_switch", "args": arguments}
+        httpx.post(f"{self.url}/collective_rpc", json=body, timeout=60).raise_for_status()
+        self.greedy([300], max_tokens=2)  # live from the step that all ranks hold it in, the first or the second
 
     def greedy(self, prompt: Sequence[int], max_tokens: int = 12) -> Reply:
         """The greedy continuation of token ids, with the log-probability of each token."""
@@ -73,6 +84,7 @@ def serving(model: Path, *flags: str, log: Path, env: Mapping[str, str | None] |
         "VLLM_CPU_OMP_THREADS_BIND": "0-1" if ranks == 1 else "|".join(str(rank % 2) for rank in range(ranks)),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # for SWITCHABLE
         **(env or {}),
     }
     environment = {key: value for key, value in environment.items() if value is not None}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llep.tiny_models import write_tiny_model
-from tests.vllm.engine import DP_EP, ONE_RANK, TP_DP_EP, TP_EP, Reply, serving
+from tests.vllm.engine import DP_EP, ONE_RANK, SWITCHABLE, TP_DP_EP, TP_EP, Reply, serving
 
 pytestmark = pytest.mark.vllm
 
@@ -54,12 +54,11 @@ def gpt_oss_on_one_rank(gpt_oss: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.parametrize(
     ("flags", "planner"),
     [
-        ((*TP_EP, "--enforce-eager"), "quota"),
-        (TP_EP, "least_loaded"),
+        (TP_EP, "quota"),
         ((*DP_EP, "--enforce-eager"), "least_loaded"),
         ((*TP_DP_EP, "--enforce-eager"), "quota"),
     ],
-    ids=["tp-eager", "tp-compiled", "dp", "tp-dp"],
+    ids=["tp-compiled", "dp", "tp-dp"],
 )
 def test_gpt_oss_equals_one_rank(
     gpt_oss: Path, gpt_oss_on_one_rank: list[Reply], flags: tuple[str, ...], planner: str, tmp_path: Path
@@ -78,30 +77,33 @@ def test_all_tokens_to_one_expert(tmp_path: Path) -> None:
         "gpt-oss", tmp_path / "model", experts=4, top_k=1, hot=(0,), hot_bias=1000.0, vocab=VOCABULARY
     ).directory
     expected = replies(model, tmp_path / "one.log", *ONE_RANK)
+    env = {**BALANCING, "LLEP_SLOTS_PER_RANK": "1", "LLEP_VERIFY_SAMPLE_RATIO": "1"}
     for layout in (TP_EP, DP_EP):
-        env = {**BALANCING, "LLEP_SLOTS_PER_RANK": "1", "LLEP_VERIFY_SAMPLE_RATIO": "1"}
-        found = replies(model, tmp_path / "two.log", *layout, "--enforce-eager", env=env)
-        assert_equal(found, expected)
-        log = (tmp_path / "two.log").read_text()
-        assert LENT in log and "LENDING IS OFF" not in log
+        assert_lends_exactly(model, tmp_path / "two.log", layout, env, expected)
 
 
 def test_qwen3_equals_one_rank(tmp_path: Path) -> None:
     model = write_tiny_model("qwen3", tmp_path / "model", hot=tuple(range(8)), hot_share=0.9).directory
     expected = replies(model, tmp_path / "one.log", *ONE_RANK)
-    for layout in (TP_EP, DP_EP):
-        found = replies(model, tmp_path / "two.log", *layout, "--enforce-eager", env=BALANCING)
-        assert_equal(found, expected)
-        log = (tmp_path / "two.log").read_text()
-        assert LENT in log and "LENDING IS OFF" not in log
+    assert_lends_exactly(model, tmp_path / "two.log", TP_EP, BALANCING, expected)
+
+
+def assert_lends_exactly(
+    model: Path, log: Path, layout: tuple[str, ...], env: dict[str, str], expected: list[Reply]
+) -> None:
+    assert_equal(replies(model, log, *layout, "--enforce-eager", env=env), expected)
+    said = log.read_text()
+    assert LENT in said and "LENDING IS OFF" not in said
 
 
 @pytest.mark.parametrize("layout", [TP_EP, DP_EP], ids=["tp", "dp"])
 def test_deepseek_with_plans_equals_itself_without(layout: tuple[str, ...], tmp_path: Path) -> None:
     model = write_tiny_model("deepseek", tmp_path / "model", hot=tuple(range(8)), hot_share=0.9).directory
-    flags = (*layout, "--enforce-eager")
-    expected = replies(model, tmp_path / "home.log", *flags, env={**BALANCING, "LLEP_PLANNER": "home"})
-    found = replies(model, tmp_path / "lending.log", *flags, env=BALANCING)
-    assert_equal(found, expected)
-    assert LENT in (tmp_path / "lending.log").read_text()
-    assert LENT not in (tmp_path / "home.log").read_text()
+    log = tmp_path / "vllm.log"
+    with serving(model, *layout, "--enforce-eager", *SWITCHABLE, log=log, env=BALANCING) as engine:
+        engine.switch(planner="home")
+        expected = [engine.greedy(prompt) for prompt in prompts()]
+        assert LENT not in log.read_text()
+        engine.switch(planner="quota")
+        assert_equal([engine.greedy(prompt) for prompt in prompts()], expected)
+    assert LENT in log.read_text()
