@@ -177,5 +177,7 @@ def _named(response: httpx.Response, server: str) -> LlepError:
         return LlepError(f"{server} answered {response.status_code}, and not as llep's control plane does")
     if response.status_code == 401:
         message += "; name a file that holds your key with --key-file or LLEP_KEY_FILE"
+    if response.status_code == 422 and param == "engine":
+        message += "; name one with --engine"
     otherwise = SettingsError if response.status_code == 422 else LlepError
     return ERRORS_BY_CODE.get(code, otherwise)(message, param=param)

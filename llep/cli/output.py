@@ -13,6 +13,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+TYPED_AGAIN = ("id", "revision")  # columns of numbers that name something: other commands take them, without commas
+
 
 class ExitCode(IntEnum):
     OK = 0
@@ -60,7 +62,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]], title: str | None) -> None:
         is_number = all(isinstance(row[column], int | float) for row in rows)
         table.add_column(column, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(str(value) if column in TYPED_AGAIN else _cell(value) for column, value in row.items()))
     # A pipe has no width: nothing is folded there.
     Console(width=None if sys.stdout.isatty() else 1000).print(table)
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import LLEP, Llep
+from reporting import Engine
 from running import Running, start
 
 from llep_server.config import ServerConfig
@@ -111,6 +112,14 @@ def test_usage_errors(unchanged: Running, llep: Llep, arguments: list[str], word
     ended = llep(*arguments, LLEP_SERVER=unchanged.url)
     assert (ended.returncode, ended.stdout) == (USAGE, "")
     assert words in ended.stderr and len(ended.stderr.splitlines()) == 1
+
+
+def test_of_several_engines_one_is_to_be_named(running: Running, llep: Llep) -> None:
+    for name in ("one", "other"):
+        running.report(Engine(name=name))
+    ended = llep("loads", "matrix", LLEP_SERVER=running.url)
+    assert ended.returncode == USAGE
+    assert "there are one, other; name one with --engine" in ended.stderr
 
 
 def test_unknown_engine(unchanged: Running, llep: Llep) -> None:
