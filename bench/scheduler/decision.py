@@ -81,9 +81,7 @@ def measure(model: str, ranks: int, workload: str, copies_per_layer: float, repe
             # A new forecast each time: what it has worked out once is kept.
             again = Forecast(forecast.share_WLE, forecast.pairs_WL, forecast.smoothing)
             start_s = time.process_time()
-            decision, found = decide_placement(
-                ground_of(shape, ranks, again, present, room), since_change_s=1e9, is_filling=False
-            )
+            decision, found = decide_placement(ground_of(shape, ranks, again, present, room), is_filling=False)
             seconds[name].append(time.process_time() - start_s)
         assert found is not None
         outcomes[name] = decision.outcome

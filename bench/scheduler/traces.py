@@ -57,7 +57,7 @@ class Loop:
             "traced", ranks=ranks, layers=shape.num_layers, experts=shape.num_experts, top_k=shape.top_k
         )
         info = msgspec.structs.replace(
-            engine.info, bytes_per_slot=shape.bytes_per_expert, settings=self._settings.dump()
+            engine.info, bytes_per_slot=shape.bytes_per_expert, settings=self._settings.dump(), cost_model=model
         )
         self._templates = [
             msgspec.structs.replace(report, info=info, live_settings=self._settings.dump(), counting_s=0.0)
@@ -74,8 +74,8 @@ class Loop:
             cost_model=model,
         )
         self._present: tuple[Replica, ...] = ()
+        self._live_placement = 0
         self._coming: tuple[float, tuple[Replica, ...]] | None = None
-        self._changed_s = -math.inf
         self.lends = self.moved = self.layer_steps = self.orders = 0
         self.ratio_sum = self.seconds = 0.0
         self.outcomes: dict[str, int] = {}
@@ -90,6 +90,7 @@ class Loop:
                 self._decide(now_s)
             if self._coming is not None and now_s >= self._coming[0]:
                 self._switch(self._coming[1])
+                self._live_placement = self.orders
 
     def _step(self, counts_LRE: np.ndarray[Any, Any]) -> None:
         for layer, counts_RE in enumerate(counts_LRE):
@@ -129,6 +130,7 @@ class Loop:
                 step=self._steps,
                 steps={"prefill": self._steps, "decode": 0},
                 counting_s=now_s,
+                live_placement=self._live_placement,
                 phase_seconds=self._window.phase_seconds(),
                 layer_seconds=dict(self._window.layer_seconds),
                 worth=self._window.worth(),
@@ -140,14 +142,11 @@ class Loop:
         engine = self._windows.engines["traced"]
         room_R = (engine.info.replica_slots_per_rank,) * self._ranks
         ground = ground_of(engine, self._settings, self._present, room_R, now_s)
-        decision, found = decide_placement(
-            ground, since_change_s=now_s - self._changed_s, is_filling=self._coming is not None
-        )
+        decision, found = decide_placement(ground, is_filling=self._coming is not None)
         self.outcomes[decision.outcome] = self.outcomes.get(decision.outcome, 0) + 1
         if decision.outcome == "order" and found is not None:
             self.moved += len(found.plan.added)
             self.orders += 1
-            self._changed_s = now_s
             kept = set(self._present) & set(found.plan.replicas)
             self._switch(tuple(sorted(kept)))  # what is dropped goes at once
             self._coming = (now_s + max(found.move_s, STEP_S), found.plan.replicas)

@@ -27,16 +27,16 @@ Ids = npt.NDArray[np.int64]
 
 HORIZON_S = 600.0  # hot experts are believed to stay for so long
 MARGIN = 2.0  # what is saved must be so many times what moving costs
-SMALLEST_SAVING = 0.002  # of the time inside layers
+SMALLEST_SAVING = 0.02  # of the time inside layers, as for advice
 LONGEST_MOVE_S = 120.0  # a change that takes longer is cut short; the rest follows in the next
-COOL_DOWN_ROUNDS = 3.0  # of decide_every_s, after a change, before the next
+FEWEST_ROUNDS = 1.5  # of decide_every_s, that a placement is watched before it is changed: the second round after it
 NOISE_SIGMAS = 4.0  # a gain is believed from so many standard errors on: asked every 10 s, 2 would err daily
 HEADROOM_RATIO = 0.02  # of a device's memory that stays free
 NO_ROOM = (
     "no room for resident replicas: replica_slots_per_rank is 0 on this engine, and is set at start "
     "(the number of its MoE layers is a good start)"
 )
-UNMEASURED_BYTES_PER_S = 1e9  # until a lend has been timed
+UNMEASURED_BYTES_PER_S = 1e9  # until a lend has been timed, without a cost model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +105,8 @@ def weigh(ground: Ground, plan: ReplicaPlan) -> Suggestion:
     cost_s = most_bytes * _second_per_byte(evidence)
     weights_L = ground.forecast.pairs_WL.sum(axis=0) if len(ground.forecast.pairs_WL) else np.zeros(0)
     before, after = (_mean(ratios, weights_L) for ratios in (plan.imbalance_before_L, plan.imbalance_after_L))
-    cut = _lend_cut(ground.lends_L, plan)
-    per_window_s = _compute_saving(evidence, after) + evidence.phase_seconds.get("lend", 0.0) * cut
+    cut = _lend_cut(ground, plan)
+    per_window_s = _compute_saving(evidence, before, after) + evidence.phase_seconds.get("lend", 0.0) * cut
     useful_s = max(HORIZON_S - move_s, 0.0)
     saving_s = per_window_s * useful_s / evidence.window_s if evidence.window_s > 0 else 0.0
     least_s = SMALLEST_SAVING * evidence.layer_seconds * HORIZON_S / evidence.window_s if evidence.window_s > 0 else 0.0
@@ -125,11 +125,10 @@ def weigh(ground: Ground, plan: ReplicaPlan) -> Suggestion:
     )
 
 
-def decide_placement(ground: Ground, *, since_change_s: float, is_filling: bool) -> tuple[Decision, Suggestion | None]:
+def decide_placement(ground: Ground, *, is_filling: bool) -> tuple[Decision, Suggestion | None]:
     """Order new replicas (outcome order), show them (suggest), or leave all as it is.
 
-    since_change_s: seconds since the last placement was ordered; below 0 the clock was set back, and that says nothing.
-    The caller has seen to it that replicas isn't off.
+    The caller has seen to it that replicas isn't off, and that the evidence is of the present placement alone.
     """
     settings = ground.evidence.settings
     if not ground.has_room:
@@ -138,10 +137,9 @@ def decide_placement(ground: Ground, *, since_change_s: float, is_filling: bool)
     if not overfull:
         if is_filling:
             return _decision("filling", "the placement ordered last is still being filled"), None
-        cool_down_s = COOL_DOWN_ROUNDS * settings.decide_every_s
-        if 0.0 <= since_change_s < cool_down_s:
-            left_s = cool_down_s - since_change_s
-            return _decision("cooling_down", f"the last change is too fresh: {left_s:.0f} s to go"), None
+        left_s = FEWEST_ROUNDS * settings.decide_every_s - ground.evidence.window_s
+        if left_s > 0.0:
+            return _decision("cooling_down", f"what is there has not been watched enough: {left_s:.0f} s to go"), None
         if ground.evidence.layer_steps <= 0:
             return _decision("idle", "no step in the window"), None
     found = suggest(ground)
@@ -224,31 +222,45 @@ def _overfull(ground: Ground) -> bool:
 
 
 def _second_per_byte(evidence: Evidence) -> float:
-    """Of one rank's link, as measured by lending."""
+    """Of one rank's link: as measured by lending, else as calibrated, else a guess."""
     bytes_per_rank = evidence.lend_bytes / evidence.ep_size
     lend_s = evidence.phase_seconds.get("lend", 0.0)
-    return lend_s / bytes_per_rank if bytes_per_rank > 0 and lend_s > 0 else 1.0 / UNMEASURED_BYTES_PER_S
+    if bytes_per_rank > 0 and lend_s > 0:
+        return lend_s / bytes_per_rank
+    if evidence.cost_model is None:
+        return 1.0 / UNMEASURED_BYTES_PER_S
+    model = evidence.cost_model
+    return 1.0 / (model.node_link if evidence.is_one_node else model.network_link).bytes_per_s
 
 
-def _compute_saving(evidence: Evidence, forecast_after: float | None) -> float:
-    """Seconds of the window: steps that lending leaves unbalanced would be as balanced as the replicas make them."""
-    if forecast_after is None:
+def _compute_saving(evidence: Evidence, before: float | None, after: float | None) -> float:
+    """Seconds of the window by which the replicas would shorten steps that lending leaves unbalanced.
+
+    before, after: the forecast ratios. A step is above them by chance, and that no placement cures.
+    """
+    if before is None or after is None:
         return 0.0
     saved_s = 0.0
     for seconds, now in zip(evidence.layer_seconds_P.tolist(), evidence.after_P.tolist(), strict=True):
-        if math.isfinite(now) and now > forecast_after:
-            saved_s += seconds * evidence.compute_share * (1.0 - forecast_after / now)
+        if now > 1.0 and before > after:  # nan is not
+            curable = min(now, before) - 1.0
+            saved_s += seconds * evidence.compute_share * curable / now * (before - after) / (before - 1.0)
     return saved_s
 
 
-def _lend_cut(lends_L: Floats, plan: ReplicaPlan) -> float:
-    """Share of the lends that become needless: by layer, as the excess over the mean load becomes less."""
+def _lend_cut(ground: Ground, plan: ReplicaPlan) -> float:
+    """Share of the lends that become needless: by layer, as the excess over the mean load becomes less.
+
+    Below the threshold nothing is lent for what the forecast knows: such lends are chance's, and go on.
+    """
+    threshold = ground.evidence.settings.imbalance_threshold
     need_before_L, need_after_L = (
-        np.maximum(np.array(ratios) - 1.0, 0.0) for ratios in (plan.imbalance_before_L, plan.imbalance_after_L)
+        np.where(np.array(ratios) > threshold, np.array(ratios) - 1.0, 0.0)
+        for ratios in (plan.imbalance_before_L, plan.imbalance_after_L)
     )
     cut_L = np.where(need_before_L > 0, 1.0 - need_after_L / np.maximum(need_before_L, 1e-12), 0.0)
-    total = float(lends_L.sum())
-    return float((np.maximum(cut_L, 0.0) * lends_L).sum()) / total if total > 0 else 0.0
+    total = float(ground.lends_L.sum())
+    return float((np.maximum(cut_L, 0.0) * ground.lends_L).sum()) / total if total > 0 else 0.0
 
 
 def _why(ground: Ground, plan: ReplicaPlan, saving_s: float, cost_s: float, least_s: float, cut: float) -> str:

@@ -32,7 +32,7 @@ Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
 MOST_POINTS = 2000
-PLACEMENT_WINDOWS = 30.0  # of decide_every_s
+PLACEMENT_WINDOWS = 12.0  # of decide_every_s
 HOT_PLACES = 10
 HOT_WINDOW_S = 60.0
 Replicas = Iterable[tuple[int, int, int]]
@@ -282,7 +282,8 @@ def ground_of(
     assert home_rank_LE is not None
     _, routed_NLE = engine.totals.routed_windows()
     pairs_NL = routed_NLE.sum(axis=2)
-    *_, lends_L = engine.totals.experts(placement_window_s(engine))
+    window_s = min(placement_window_s(engine), now_s - engine.placed_s)  # what was before says nothing about it
+    *_, lends_L = engine.totals.experts(window_s)
     return Ground(
         forecast=Forecast(routed_NLE / np.maximum(pairs_NL, 1.0)[:, :, None], pairs_NL, None),
         home_rank_LE=home_rank_LE.astype(np.int64),
@@ -291,7 +292,7 @@ def ground_of(
         bytes_per_expert=engine.info.bytes_per_slot,
         bytes_per_s=settings.replica_bytes_per_s,
         lends_L=lends_L.astype(np.float64),
-        evidence=evidence_of(engine, placement_window_s(engine), now_s, desired_interval_s),
+        evidence=evidence_of(engine, window_s, now_s, desired_interval_s),
     )
 
 

@@ -221,12 +221,8 @@ class Steering(Placements):
             return
         ground = self._ground(engine)
         order = self._journal.desired.placements.get(name)
-        placed = self._journal.placements(name, 1)
-        since_s = time.time() - placed[0].time_s if placed else math.inf
         is_filling = order is not None and engine.live_placement != order.number
-        decision, found = await asyncio.to_thread(
-            decide_placement, ground, since_change_s=since_s, is_filling=is_filling
-        )
+        decision, found = await asyncio.to_thread(decide_placement, ground, is_filling=is_filling)
         is_still_so = self._journal.desired.placements.get(name) == order and name in self._windows.engines
         if decision.outcome != "order" or found is None or not is_still_so:
             return self._keep(engine, decision)

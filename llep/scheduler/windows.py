@@ -79,6 +79,7 @@ class Engine:
     lost: int = 0  # reports, by the gaps in their numbers
     doubled: int = 0
     settled_s: float = 0.0  # since when it runs the settings that are live; placements come and go under them
+    placed_s: float = 0.0  # since when it runs the placement that is live
     plans: deque[KeptPlan] = field(default_factory=lambda: deque(maxlen=MOST_PLANS))
     totals: Totals = field(init=False)
     per_rank_RX: npt.NDArray[np.float64] = field(init=False)
@@ -243,7 +244,10 @@ def _put(engine: Engine, report: Report, found: Counters, now_s: float) -> None:
         engine.settled_s = now_s
     if before is not None:
         engine.lost += report.seq - before.seq - 1
+    placement = engine.live_placement
     engine.reports[report.rank] = report
+    if engine.live_placement != placement:
+        engine.placed_s = now_s
     engine.counted[report.rank] = found
     engine.seen_s[report.rank] = now_s
     engine.per_rank_RX[report.rank] = per_rank(report)

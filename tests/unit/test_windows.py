@@ -10,9 +10,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from llep.messages import Array, Histogram, PlanSample, Report, Worth, encode
+from llep.messages import Array, Histogram, PlacementOrder, PlanSample, Report, Worth, encode
 from llep.scheduler.admit import Refusal, Refused, decode
-from llep.scheduler.show_loads import history, hot, loads, matrix
+from llep.scheduler.show_loads import ground_of, history, hot, loads, matrix
 from llep.scheduler.totals import Totals
 from llep.scheduler.windows import FORGET_AFTER_S, Windows
 from llep.views import EngineState, EventKind
@@ -63,6 +63,19 @@ def test_what_a_new_engine_did_before_its_first_report_counts() -> None:
     hear(windows, workers, 100)
     found = loads(windows.engines["tiny"], 60, now_s=100)
     assert (found.window_s, found.tokens, found.layer_steps) == (3.0, 200, 6)
+
+
+def test_a_placement_is_weighed_by_what_was_since_it_came_on() -> None:
+    windows, workers = Windows(), Workers()
+    run(windows, workers, 0, 20)
+    workers.placement = PlacementOrder(1, ((0, 0, 1),), 1 << 20)
+    run(windows, workers, 20, 24)
+    engine = windows.engines["tiny"]
+    ground = ground_of(engine, engine.start, (), (1, 1), now_s=23.0)
+    assert ground.evidence.window_s == 3.0 and ground.evidence.tokens_P.sum() == 300
+    workers.placement = None
+    run(windows, workers, 24, 26)
+    assert ground_of(engine, engine.start, (), (1, 1), now_s=25.0).evidence.window_s == 1.0
 
 
 def test_an_idle_engine_has_no_ratio() -> None:
