@@ -252,7 +252,7 @@ function enginesTable(app) {
   const table = new Table(
     by("engines"),
     [
-      { head: "Engine", class: "name", version: () => 0, cell: (engine) => h("button", { type: "button", class: "link-button", onclick: () => app.select(engine.id) }, engine.id) },
+      { head: "Engine", class: "name", version: () => 0, cell: (engine) => h("button", { type: "button", class: "link-button", onclick: () => app.select(engine.id) }, engine.id), title: (engine) => engine.id },
       { head: "State", version: (engine) => engine.state, cell: (engine) => h("span", { class: "state", "data-state": engine.state }, h("i", { class: "dot", "aria-hidden": true }), engine.state) },
       { head: "Model", cell: (engine) => engine.model_name },
       { head: "Layout", cell: (engine) => `EP ${engine.ep_size} · TP ${engine.tp_size} · DP ${engine.dp_size}`, title: (engine) => `${engine.num_layers} MoE layers, ${engine.num_experts} experts, top ${engine.top_k}, ${engine.quantization}, ${engine.dtype}, ${engine.backend}, vLLM ${engine.vllm_version}` },
