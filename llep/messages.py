@@ -55,7 +55,7 @@ class Array(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What an engine is; equal on all its ranks, fixed while it runs."""
+    """What an engine is; equal on all its ranks but for setting_sources, fixed while it runs."""
 
     engine: str
     model_name: str
@@ -76,7 +76,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     ranks_per_node: int  # ranks 0..n-1 are node 0 and so on; 0: one node
     max_model_len: int
     settings: dict[str, Any]  # at start, before any change at run time
-    setting_sources: dict[str, str]
+    setting_sources: dict[str, str]  # machines may have the same from a file, from the environment
     cost_model: CostModel | None = None  # without one plans predict no gain
 
 
@@ -291,6 +291,11 @@ _engine_decoder = msgspec.msgpack.Decoder(EngineSnapshot)
 
 def encode(message: Report | Directive | SchedulerSnapshot) -> bytes:
     return _encoder.encode(message)
+
+
+def is_one_engine(one: EngineInfo, other: EngineInfo) -> bool:
+    """Whether two ranks of one engine may say so of themselves."""
+    return one == msgspec.structs.replace(other, setting_sources=one.setting_sources)
 
 
 def rank_snapshot(report: Report) -> RankSnapshot:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llep.config import Settings, is_hot
-from llep.messages import Report
+from llep.messages import EngineInfo, Report
 from llep.scheduler.desired import Desired, sources
 from llep.scheduler.windows import Engine
 from llep.views import AppliedView, EngineState, EngineView, RankView, SettingsView, SettingView
@@ -52,7 +52,7 @@ def settings_view(engine: Engine | None, desired: Desired) -> SettingsView:
     """Effective settings of an engine, or of one that would start with defaults. Raises SettingsError."""
     name = engine.info.engine if engine else None
     effective = desired.effective(name, engine.start if engine else Settings()).dump()
-    source = sources(desired, name, engine.info.setting_sources if engine else {})
+    source = sources(desired, name, _info(engine).setting_sources if engine else {})
     return SettingsView(
         revision=desired.revision,
         engine=name,
@@ -76,6 +76,12 @@ def applied_view(engine: Engine, revision: int) -> AppliedView:
         state = "away" if engine.state is EngineState.STALE else "sent"
     step = newest.live_since_step if newest and state == "live" else None
     return AppliedView(engine=engine.info.engine, state=state, revision=engine.live_revision, step=step)
+
+
+def _info(engine: Engine) -> EngineInfo:
+    """Of the lowest rank, too: sources of settings may differ between machines."""
+    newest = _newest(engine)
+    return newest.info if newest else engine.info
 
 
 def _newest(engine: Engine) -> Report | None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llep.config import Settings
-from llep.messages import STEP_PHASES, EngineInfo, PlanSample, Report
+from llep.messages import STEP_PHASES, EngineInfo, PlanSample, Report, is_one_engine
 from llep.scheduler.admit import (
     Counters,
     Refusal,
@@ -220,7 +220,7 @@ def _is_doubled(before: Report | None, report: Report) -> bool:
 
 
 def _check(engine: Engine, report: Report) -> Counters:
-    if report.info != engine.info:
+    if not is_one_engine(report.info, engine.info):
         raise Refused(Refusal.ENGINE, f"rank {report.rank} describes the engine otherwise than it was described before")
     before = engine.reports.get(report.rank)
     if before is not None and report.seq <= before.seq:

@@ -12,6 +12,8 @@ import pytest
 
 from llep.messages import Array, Histogram, PlacementOrder, PlanSample, Report, Worth, encode
 from llep.scheduler.admit import Refusal, Refused, decode
+from llep.scheduler.desired import Desired
+from llep.scheduler.show import settings_view
 from llep.scheduler.show_loads import ground_of, history, hot, loads, matrix
 from llep.scheduler.totals import Totals
 from llep.scheduler.windows import FORGET_AFTER_S, Windows
@@ -156,6 +158,19 @@ def test_lost_and_doubled_reports_are_counted() -> None:
         assert windows.take(report, 2) == []
     assert (engine.lost, engine.doubled) == (4, 2)
     assert loads(engine, 10, 2.0).tokens == 100
+
+
+def test_machines_of_one_engine_may_have_their_settings_from_different_sources() -> None:
+    windows, workers = Windows(), Workers()
+    by_rank = {0: "file /etc/llep.yaml", 1: "environment"}
+    for rank, report in reversed(list(enumerate(workers.reports()))):
+        sources = dict.fromkeys(report.info.settings, by_rank[rank])
+        info = msgspec.structs.replace(report.info, setting_sources=sources)
+        windows.take(msgspec.structs.replace(report, info=info), 0.0)
+    engine = windows.engines["tiny"]
+    assert engine.state is EngineState.LIVE and not engine.refused
+    shown = settings_view(engine, Desired()).settings
+    assert {setting.source for setting in shown} == {by_rank[0]}
 
 
 def test_states() -> None:
