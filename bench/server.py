@@ -178,7 +178,9 @@ def child(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            yield process, process.stdout.readline().strip()
+            said = process.stdout.readline().strip()
+            assert said, f"it ended before it was ready: {' '.join(command)}"
+            yield process, said
         finally:
             process.terminate()
             process.wait(timeout=20)

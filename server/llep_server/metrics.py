@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from dataclasses import replace
 
@@ -25,12 +26,13 @@ DEFAULTS = Settings()
 
 
 class Exposition:
-    """The page that Prometheus reads. However many ask, the scheduler is asked once in KEEP_S."""
+    """The page that Prometheus reads. However many ask, the scheduler is asked once in keep_s."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, keep_s: float = KEEP_S) -> None:
+        self.keep_s = keep_s
         self._scheduler = scheduler
         self._lock = asyncio.Lock()
-        self._made_at = -KEEP_S
+        self._made_at = -math.inf
         self._shown: list[Shown] = []
         self._pages: dict[str, bytes] = {}
         self._dropped: dict[str, int] = {}
@@ -53,7 +55,7 @@ class Exposition:
             return self._shown
 
     async def _refresh(self) -> None:
-        if time.monotonic() - self._made_at >= KEEP_S:
+        if time.monotonic() - self._made_at >= self.keep_s:
             self._shown = await self._collect()
             self._pages.clear()
             self._made_at = time.monotonic()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from running import Running, start
 
 from llep.monitoring.rules import rules
 from llep_server.config import ServerConfig
-from llep_server.metrics import KEEP_S
 from tests.ops.manifests import pods, render
 from tests.ops.prometheus import free_port, prometheus, wait_for
 from tests.ops.test_alerts_arrive import in_seconds
@@ -23,7 +21,7 @@ KEY = "a-key-of-prometheus-0123456789"
 
 def scraped(running: Running, name: str) -> str:
     """What the page says of this metric."""
-    time.sleep(KEEP_S)
+    running.app.state.exposition.keep_s = 0.0
     lines = running.http.get("/metrics").text.splitlines()
     return next((line.rpartition(" ")[2] for line in lines if line.startswith(name)), "absent")
 

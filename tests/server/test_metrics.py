@@ -22,7 +22,7 @@ from running import Running, start
 from llep.messages import EngineSnapshot, rank_snapshot, without_experts
 from llep_server.config import ServerConfig
 from llep_server.families import FAMILIES, SCHEDULER_FAMILIES
-from llep_server.metrics import KEEP_S, Collection
+from llep_server.metrics import Collection
 from llep_server.reference import markdown
 from llep_server.samples import ENGINE_LABELS, Level, ScrapedEngine, Shown
 from llep_server.text import texts
@@ -49,7 +49,7 @@ class Scrape:
 
 
 def scrape(running: Running) -> Scrape:
-    time.sleep(KEEP_S)  # a page is kept so long
+    running.app.state.exposition.keep_s = 0.0
     response = running.http.get("/metrics")
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -410,6 +410,7 @@ def test_goes_on_without_a_scheduler(running: Running) -> None:
 
 def test_many_scrapes_ask_the_scheduler_once(running: Running) -> None:
     running.report(Engine())
+    running.app.state.exposition.keep_s = 60.0
     running.caller.calls.clear()
 
     async def ask_all() -> set[bytes]:
