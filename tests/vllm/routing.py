@@ -1,6 +1,7 @@
-"""Run by test_tiny_models.py in a process of its own: what a real vLLM on one rank makes of a model, as JSON.
+"""Run by test_tiny_models.py in a process of its own: what a real vLLM on one rank makes of models, as JSON.
 
-python -m tests.vllm.routing MODEL -> {"token_ids": [[...]], "margins": [...], "counts": [[pairs by expert] by layer]}
+python -m tests.vllm.routing MODEL... -> one after the other:
+[{"token_ids": [[...]], "margins": [...], "counts": [[pairs by expert] by layer]}]
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 
 NUM_EXPERTS = 16
 PROMPTS = ["The quick brown fox jumps over", "def main():\n    return", "Once upon a time"]
@@ -37,7 +39,7 @@ def _noting(select_experts: Any, into: list[np.ndarray]) -> Any:
     return select
 
 
-def main(model: str) -> None:
+def look_at(model: str) -> dict[str, Any]:
     llm = LLM(
         model=model,
         dtype="float32",
@@ -55,13 +57,20 @@ def main(model: str) -> None:
     llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1))
     logprobs = [sorted(entry.logprob for entry in token.values()) for reply in replies for token in reply.logprobs]
     counts = [np.bincount(np.concatenate(ids).ravel(), minlength=NUM_EXPERTS).tolist() for ids in chosen.values()]
-    result = {
+    return {
         "token_ids": [list(reply.token_ids) for reply in replies],
         "margins": [top - second for *_, second, top in logprobs],
         "counts": counts,
     }
-    print("\n" + json.dumps(result))
+
+
+def main(models: list[str]) -> None:
+    found = []
+    for model in models:
+        found.append(look_at(model))
+        cleanup_dist_env_and_memory()
+    print("\n" + json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -24,7 +24,15 @@ HOT = tuple(range(8))
 SHARE = 0.93
 
 
-def run(model: Path) -> dict[str, Any]:
+WITHOUT_SKEW = "without skew"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What vLLM, started once, makes of each model in turn."""
+    folder = tmp_path_factory.mktemp("models")
+    models = {kind.value: write_tiny_model(kind, folder / kind, hot=HOT, hot_share=SHARE) for kind in Kind}
+    models[WITHOUT_SKEW] = write_tiny_model("gpt-oss", folder / "even", vocab=2048, dtype="bfloat16")
     environment = {
         **os.environ,
         **STOCK,
@@ -33,11 +41,10 @@ def run(model: Path) -> dict[str, Any]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, "-m", "tests.vllm.routing", str(model)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    command = [sys.executable, "-m", "tests.vllm.routing", *(str(model.directory) for model in models.values())]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-4000:]
-    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return answer
+    return dict(zip(models, json.loads(result.stdout.splitlines()[-1]), strict=True))
 
 
 def hot_share(counts: list[int]) -> float:
@@ -45,22 +52,20 @@ def hot_share(counts: list[int]) -> float:
 
 
 @pytest.mark.parametrize("kind", list(Kind))
-def test_vllm_loads_it_and_routes_as_stated(kind: Kind, tmp_path: Path) -> None:
-    model = write_tiny_model(kind, tmp_path / "model", hot=HOT, hot_share=SHARE)
-    found = run(model.directory)
-    assert len(found["counts"]) == (3 if kind is Kind.DEEPSEEK else 4)
-    for counts in found["counts"]:
+def test_vllm_loads_it_and_routes_as_stated(found: dict[str, Any], kind: Kind) -> None:
+    of_model = found[kind.value]
+    assert len(of_model["counts"]) == (3 if kind is Kind.DEEPSEEK else 4)
+    for counts in of_model["counts"]:
         assert hot_share(counts) == pytest.approx(SHARE, abs=0.04)
         assert min(counts) > 0, "every expert is chosen by some token"
-    assert statistics.mean(map(hot_share, found["counts"])) == pytest.approx(SHARE, abs=0.02)
-    assert_talks(found)
+    assert statistics.mean(map(hot_share, of_model["counts"])) == pytest.approx(SHARE, abs=0.02)
+    assert_talks(of_model)
 
 
-def test_without_skew_two_ranks_are_nearly_balanced(tmp_path: Path) -> None:
-    found = run(write_tiny_model("gpt-oss", tmp_path / "model", vocab=2048, dtype="bfloat16").directory)
-    for counts in found["counts"]:
+def test_without_skew_two_ranks_are_nearly_balanced(found: dict[str, Any]) -> None:
+    for counts in found[WITHOUT_SKEW]["counts"]:
         assert hot_share(counts) == pytest.approx(0.5, abs=0.06)
-    assert_talks(found)
+    assert_talks(found[WITHOUT_SKEW])
 
 
 def assert_talks(found: dict[str, Any]) -> None:
