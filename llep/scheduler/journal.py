@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -32,7 +33,7 @@ T = TypeVar("T")
 
 
 class Journal:
-    """`desired` is what holds; it changes only through commit. While `problem` is not empty nothing can change."""
+    """`desired` is what holds; it changes only through commit. `problem`: why nothing can change; empty if it can."""
 
     def __init__(self, folder: Path) -> None:
         self.desired = Desired()
@@ -47,6 +48,10 @@ class Journal:
         """Open the store if it isn't, and prune it from time to time. Returns the engines of a store just opened."""
         if self._store is None:
             return self._open()
+        if self.problem:
+            with contextlib.suppress(StoreUnavailable):
+                self._write(lambda store: store.probe())
+                self.problem = ""
         if time.monotonic() - self._pruned_s > PRUNE_EVERY_S:
             self._pruned_s = time.monotonic()
             self._try(lambda store: store.prune(time.time()))
@@ -76,7 +81,8 @@ class Journal:
             desired=desired,
             diff=diff or {},
         )
-        self._do(lambda store: store.append(revision, event, decision, placement))
+        self._write(lambda store: store.append(revision, event, decision, placement))
+        self.problem = ""
         self.desired = desired
         if author == LLEP:
             self.own_revisions.add(revision.number)
@@ -142,10 +148,20 @@ class Journal:
                 self._open()
         raise StoreUnavailable(self.problem or f"the scheduler's state in {self._folder} is damaged again and again")
 
+    def _write(self, act: Callable[[Store], None]) -> None:
+        """As _do; a disk that can't take it is a problem until it takes a change, or could. Raises StoreUnavailable."""
+        try:
+            self._do(act)
+        except StoreUnavailable as error:
+            if error.message != self.problem:
+                logger.error("%s", error.message)
+            self.problem = error.message
+            raise
+
     def _try(self, act: Callable[[Store], None]) -> None:
         """For what may be lost."""
         try:
-            self._do(act)
+            self._write(act)
         except StoreUnavailable as error:
             logger.warning("%s", error.message)
 

@@ -28,6 +28,7 @@ FILE = "scheduler.sqlite"
 LOCK = "scheduler.lock"
 DAMAGED_KEPT = 3
 DAY_S = 86400.0
+PROBE_BYTES = 64 << 10
 
 # One entry per schema version: what makes version n + 1 out of version n.
 _MIGRATIONS = (
@@ -259,6 +260,12 @@ class Store:
             with contextlib.suppress(msgspec.MsgspecError):
                 known.append(KnownEngine(msgspec.json.decode(info, type=EngineInfo), incarnation, last_seen_s))
         return known
+
+    def probe(self) -> None:
+        """Raises StoreUnavailable unless there is room for a change."""
+        room = ("INSERT INTO probe VALUES (zeroblob(?))", (PROBE_BYTES,))
+        self._write(("CREATE TABLE IF NOT EXISTS probe (content BLOB)", ()), room)
+        self._write(("DROP TABLE probe", ()))
 
     def prune(self, now_s: float) -> None:
         """Drop what is too old, then the oldest quarters until the size fits; the newest revision always stays."""

@@ -245,11 +245,32 @@ def test_a_full_disk_refuses_the_change_and_keeps_the_last_state(tmp_path: Path)
             change(journal, number)
     assert journal.desired.revision == number - 1
     assert store.desired() == journal.desired
+    journal.keep()
+    assert "full" in journal.problem
     journal.note(EventKind.ENGINE_UP, "kept in memory", engine="tiny", data={"filler": "x" * 100_000})
     store._db.execute("PRAGMA max_page_count = 100000")
     change(journal, number)
     journal.note(EventKind.ENGINE_UP, "next", engine="tiny", data={})
     assert [e.message for e in store.events(2)] == ["next", "kept in memory"]
+    assert not journal.problem
+    journal._close("over")
+
+
+def test_a_disk_that_has_room_again_is_noticed_without_a_change(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.keep()
+    store = journal._store
+    assert store is not None
+    store._db.execute("PRAGMA max_page_count = 1")
+    with pytest.raises(StoreUnavailable):
+        for number in range(1, 1000):
+            change(journal, number)
+    before = journal.desired
+    journal.keep()
+    assert journal.problem
+    store._db.execute("PRAGMA max_page_count = 100000")
+    journal.keep()
+    assert not journal.problem and store.desired() == journal.desired == before
     journal._close("over")
 
 
