@@ -85,6 +85,7 @@ def serving(model: Path, *flags: str, log: Path, env: Mapping[str, str | None] |
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # for SWITCHABLE
+        **({"TORCHDYNAMO_DISABLE": "1"} if "--enforce-eager" in flags else {}),  # vLLM compiles small functions even so
         **(env or {}),
     }
     environment = {key: value for key, value in environment.items() if value is not None}
