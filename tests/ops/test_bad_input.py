@@ -60,6 +60,7 @@ def test_a_metrics_level_that_is_too_high(tmp_path: Path, caplog: pytest.LogCapt
         engine = Engine(name="a", ep_size=8, layer_numbers=tuple(range(40)), num_experts=64)
         engine.run()
         running.report(engine)
+        running.caller.wait_s = 0.0
         patch = {"metrics_level": "layer_rank", "metrics_max_series": 400}
         assert running.http.patch("/v1/settings", json=patch).status_code == 200
         running.report(engine)  # takes the directive

@@ -25,19 +25,27 @@ from llep_server.connections import UVICORN_OPTIONS
 
 T = TypeVar("T")
 
+CHANGES = ("patch_settings", "rollback", "set_mode")
+
 
 class InProcess:
-    """Calls the scheduler as its client does, only not through Ray. `is_up` False: as if Ray were gone."""
+    """Calls the scheduler as its client does, only not through Ray.
+
+    is_up False: as if Ray were gone. wait_s: how long a change waits for the engines that it is for.
+    """
 
     def __init__(self, state_dir: Path) -> None:
         self.scheduler = Scheduler(str(state_dir))
         self.is_up = True
+        self.wait_s: float | None = None
         self.calls: list[str] = []
 
     async def call(self, method: str, **arguments: Any) -> Any:
         self.calls.append(method)
         if not self.is_up:
             raise SchedulerUnreachable("no scheduler at 'auto': start one with 'llep serve'")
+        if method in CHANGES and self.wait_s is not None:
+            arguments["wait_s"] = self.wait_s
         return await getattr(self.scheduler, method)(**arguments)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from bench.http_fuzz import fuzz, guarded
 
-CASES = 600
+CASES = 420
 
 
 @pytest.mark.slow

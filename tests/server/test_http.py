@@ -53,6 +53,7 @@ def test_docs_need_nothing_from_elsewhere_and_show_every_route(unchanged: Runnin
 
 
 def test_ready_only_with_a_fresh_engine_that_holds_what_is_desired(running: Running) -> None:
+    running.caller.wait_s = 0.0
     error = error_of(running.http.get("/readyz"), 503, "not_ready")
     assert "engines: 0 of 0 engines report" in error["message"]
     engine = Engine()
@@ -433,6 +434,7 @@ def test_a_store_that_cannot_be_written_refuses_changes_and_answers_the_rest(run
 def test_events_of_an_engine_and_of_a_kind(running: Running) -> None:
     running.report(Engine())
     running.report(Engine(name="other"))
+    running.caller.wait_s = 0.0
     running.http.put("/v1/mode", json={"mode": "observe"})
     kinds = [e["kind"] for e in running.http.get("/v1/events?kind=mode&kind=engine_up").json()["data"]]
     assert set(kinds) == {"mode", "engine_up"}
