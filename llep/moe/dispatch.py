@@ -58,6 +58,18 @@ class Rows:
             used = counts_G > 0
             yield Rows(self.positions_P[start:stop], self.experts_G[used], counts_G[used])
 
+    def of_experts(self, is_taken_G: npt.NDArray[np.bool_]) -> Rows:
+        """Those of some of its experts."""
+        taken_P = np.repeat(is_taken_G, self.counts_G)
+        return Rows(self.positions_P[taken_P], self.experts_G[is_taken_G], self.counts_G[is_taken_G])
+
+    def joined(self, other: Rows) -> Rows:
+        """These and other rows of the same bank; those of one expert together, these first."""
+        experts_P = np.concatenate([np.repeat(rows.experts_G, rows.counts_G) for rows in (self, other)])
+        experts_G, counts_G = np.unique(experts_P, return_counts=True)
+        order_P = np.argsort(experts_P, kind="stable")
+        return Rows(np.concatenate((self.positions_P, other.positions_P))[order_P], experts_G, counts_G)
+
 
 class Banks(NamedTuple):
     """Rows by the weights that they need."""

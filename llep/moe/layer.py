@@ -30,6 +30,10 @@ from llep.plan import Plan
 Counts = npt.NDArray[np.int64]
 Decide = Callable[[Counts], Plan]
 
+# Where rows of an expert arrive, those of its own tokens wait for them if they are fewer: to go through the expert's
+# weights twice would cost more than is won by not waiting (bench.layer).
+FEW_ROWS = 256
+
 # Places in what a rank tells of its batch: whether it is bad, then these, then pairs of each expert from HEAD on.
 DIGEST, HEAD = 1, 6
 
@@ -260,9 +264,11 @@ class LeastLoadedMoE:
     ) -> None:
         """Add to output_TH what all ranks compute of one block of this rank's tokens, and do this rank's part.
 
-        What others wait for comes first: this rank's own pairs are computed, in portions, while rows are under way.
+        What others wait for comes first: this rank's own pairs are computed, in portions, while rows are under way, but
+        for a few that are computed with those that arrive.
         """
         exchange, buffers = self.transport.exchange, self.workspace.buffers(output_TH)
+        alone, together = _parted(parts.own.home, parts.arrived.home)
         with times.measure("dispatch"):
             sent_P = _on(output_TH, parts.send_order)
             rows_P, tokens_N = _rows_of(held.tokens_P[sent_P], parts, len(output_TH))
@@ -272,7 +278,7 @@ class LeastLoadedMoE:
             rows = exchange(sent_NH, parts.rows_to, parts.rows_from, buffers.received)
         with times.measure("compute"):
             own = chain(
-                self._portions(output_TH, held, parts.own.home, self.experts.weights),
+                self._portions(output_TH, held, alone, self.experts.weights),
                 self._portions(output_TH, held, parts.own.resident, self.residents.bank),
             )
             while not rows.is_here and next(own, None):
@@ -283,7 +289,7 @@ class LeastLoadedMoE:
             arrived = _Held(received_NH, labels_P2[:, 0].to(torch.int64) + first_P, labels_P2[:, 1])
             sums_NH = buffers.sums[: len(received_NH)].zero_()
         with times.measure("compute"):
-            self._add(sums_NH, arrived, parts.arrived.home, self.experts.weights)
+            self._add_together(sums_NH, arrived, parts.arrived.home, output_TH, held, together)
             self._add(sums_NH, arrived, parts.arrived.resident, self.residents.bank)
             if len(parts.arrived.lent):  # the weights may still be under way
                 _exhaust(own)
@@ -305,6 +311,38 @@ class LeastLoadedMoE:
 
     def _add(self, sums_NH: torch.Tensor, held: _Held, rows: Rows, bank: Mapping[str, torch.Tensor]) -> None:
         _exhaust(self._portions(sums_NH, held, rows, bank))
+
+    def _add_together(
+        self,
+        sums_NH: torch.Tensor,
+        arrived: _Held,
+        arrived_rows: Rows,
+        output_TH: torch.Tensor,
+        own: _Held,
+        own_rows: Rows,
+    ) -> None:
+        """Add what this rank's experts make of arrived pairs to sums_NH, and of its own pairs to output_TH."""
+        if not len(own_rows):
+            self._add(sums_NH, arrived, arrived_rows, self.experts.weights)
+            return
+        inputs, first_own = self.workspace.buffers(sums_NH).inputs, len(arrived.tokens_P)
+        # An own pair has the first arrived row in sums_NH, which it adds nothing to.
+        tokens_P = torch.cat((arrived.tokens_P, torch.zeros_like(own.tokens_P)))
+        gates_P = torch.cat((arrived.gates_P, own.gates_P.to(arrived.gates_P.dtype)))
+        shifted = Rows(own_rows.positions_P + first_own, own_rows.experts_G, own_rows.counts_G)
+        for part in arrived_rows.joined(shifted).chunks(len(inputs)):
+            positions_P = _on(sums_NH, part.positions_P)
+            own_N = np.flatnonzero(part.positions_P >= first_own)
+            places_N = _on(sums_NH, own_N)
+            own_tokens_N = own.tokens_P[_on(sums_NH, part.positions_P[own_N] - first_own)]
+            rows_P = tokens_P[positions_P]
+            inputs_PH = torch.index_select(arrived.rows_NH, 0, rows_P, out=inputs[: len(part)])
+            inputs_PH.index_copy_(0, places_N, own.rows_NH[own_tokens_N])
+            outputs_PH = self.experts.compute(
+                self.experts.weights, inputs_PH, part.experts_G, part.counts_G, gates_P[positions_P]
+            )
+            _add_rows(output_TH, own_tokens_N, outputs_PH[places_N])
+            _add_rows(sums_NH, rows_P, outputs_PH.index_fill_(0, places_N, 0.0))
 
     def _portions(
         self, sums_NH: torch.Tensor, held: _Held, rows: Rows, bank: Mapping[str, torch.Tensor]
@@ -499,6 +537,12 @@ class _Held(NamedTuple):
         """All pairs of these tokens, sorted by expert, and by token within an expert: the plan's order."""
         order_P = torch.argsort(ids_TK.reshape(-1), stable=True)
         return cls(hidden_TH, order_P // max(ids_TK.shape[1], 1), gates_TK.reshape(-1)[order_P])
+
+
+def _parted(own: Rows, arrived: Rows) -> tuple[Rows, Rows]:
+    """This rank's own rows to compute alone, and those to compute with the ones that arrive: FEW_ROWS says which."""
+    is_together_G = np.isin(own.experts_G, arrived.experts_G) & (own.counts_G < FEW_ROWS)
+    return own.of_experts(~is_together_G), own.of_experts(is_together_G)
 
 
 def _rows_of(tokens_P: torch.Tensor, parts: Dispatch, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

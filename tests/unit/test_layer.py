@@ -26,6 +26,12 @@ def test_bfloat16(is_replicated: bool) -> None:
     assert assert_equals_one_process(CPU, torch.bfloat16, 4, 8, is_round_robin=False, is_replicated=is_replicated)
 
 
+@pytest.mark.parametrize("few_rows", [0, 2, 10, 1000])
+def test_own_rows_alone_or_with_those_that_arrive(few_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llep.moe.layer.FEW_ROWS", few_rows)
+    assert assert_equals_one_process(CPU, torch.float32, 4, 16, is_round_robin=False, is_replicated=False)
+
+
 @pytest.mark.parametrize(("wire_rows", "chunk_rows"), [(7, 1), (21, 5), (70, 64)])
 def test_in_blocks(wire_rows: int, chunk_rows: int) -> None:
     assert assert_equals_one_process(
