@@ -158,6 +158,7 @@ class DataParallelEngine:
         for process, pipe in self._ranks:
             pipe.send(("close",))
             process.join(60)
+            process.kill()
 
     def _ask(self, what: str, *of_rank: Any) -> list[Any]:
         """The same of both ranks at once, each with what is its own -> what each answers."""

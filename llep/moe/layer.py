@@ -326,8 +326,9 @@ class LeastLoadedMoE:
             self._add(sums_NH, arrived, arrived_rows, self.experts.weights)
             return
         inputs, first_own = self.workspace.buffers(sums_NH).inputs, len(arrived.tokens_P)
-        # An own pair has the first arrived row in sums_NH, which it adds nothing to.
-        tokens_P = torch.cat((arrived.tokens_P, torch.zeros_like(own.tokens_P)))
+        # An own pair adds nothing to some arrived row of sums_NH; not all to the same, where a GPU would queue.
+        some_P = torch.arange(len(own.tokens_P), device=sums_NH.device) % len(arrived.rows_NH)
+        tokens_P = torch.cat((arrived.tokens_P, some_P))
         gates_P = torch.cat((arrived.gates_P, own.gates_P.to(arrived.gates_P.dtype)))
         shifted = Rows(own_rows.positions_P + first_own, own_rows.experts_G, own_rows.counts_G)
         for part in arrived_rows.joined(shifted).chunks(len(inputs)):

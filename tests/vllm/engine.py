@@ -84,7 +84,7 @@ def serving(model: Path, *flags: str, log: Path, env: Mapping[str, str | None] |
         "VLLM_CPU_OMP_THREADS_BIND": "0-1" if ranks == 1 else "|".join(str(rank % 2) for rank in range(ranks)),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
-        "VLLM_SERVER_DEV_MODE": "1",  # for SWITCHABLE
+        **({"VLLM_SERVER_DEV_MODE": "1"} if SWITCHABLE[0] in flags else {}),  # brings /collective_rpc
         **({"TORCHDYNAMO_DISABLE": "1"} if "--enforce-eager" in flags else {}),  # vLLM compiles small functions even so
         **(env or {}),
     }

@@ -85,7 +85,8 @@ def test_all_tokens_to_one_expert(tmp_path: Path) -> None:
 def test_qwen3_equals_one_rank(tmp_path: Path) -> None:
     model = write_tiny_model("qwen3", tmp_path / "model", hot=tuple(range(8)), hot_share=0.9).directory
     expected = replies(model, tmp_path / "one.log", *ONE_RANK)
-    assert_lends_exactly(model, tmp_path / "two.log", TP_EP, BALANCING, expected)
+    for layout in (TP_EP, DP_EP):
+        assert_lends_exactly(model, tmp_path / "two.log", layout, BALANCING, expected)
 
 
 def assert_lends_exactly(
