@@ -12,7 +12,8 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from llep.config import Settings, is_hot
 from llep.errors import LlepError
 from llep.messages import Directive, PlacementOrder, RecordingOrder
+from llep.plan import Plan
 from llep.planning.policy import Step
 
 # What a rank says before a step: places in its header.
@@ -29,10 +31,50 @@ HEADER_SIZE = 9
 STEP, HELD, DIGEST, LIVE, TOKENS, IS_DUMMY, IS_PREFILL, CLOCK_US, WEIGHTS = range(HEADER_SIZE)
 
 
+# What a plan is made of, and the plan: equal on all ranks that planned from the same counts.
+HELD_ALIKE = ("counts", "placements", "plans")
+
+
 class RanksDisagree(LlepError):
-    """Ranks of one EP group hold different settings under one revision, or run different steps."""
+    """Ranks of one EP group hold different settings under one revision, run different steps, or plan differently."""
 
     code = "ranks_disagree"
+
+
+class Evidence:
+    """What this rank planned from counts that all ranks hold, to be compared with the others'.
+
+    where: the step and the layer. Nothing was planned yet: all digests are 0.
+    """
+
+    def __init__(
+        self, where: str = "", counts_QE: npt.NDArray[np.int64] | None = None, plan: Plan | None = None
+    ) -> None:
+        self.where = where
+        self._counts_QE, self._plan = counts_QE, plan
+
+    @cached_property
+    def digests(self) -> tuple[int, ...]:
+        """One of each of HELD_ALIKE."""
+        if self._counts_QE is None or self._plan is None:
+            return (0,) * len(HELD_ALIKE)
+        counts = hashlib.blake2b(np.ascontiguousarray(self._counts_QE).tobytes(), digest_size=7).digest()
+        return int.from_bytes(counts, "little"), hash(self._plan.placement), self._plan.digest()
+
+    def compare(self, told_R3: npt.NDArray[np.int64]) -> None:
+        """Raises RanksDisagree, on every rank alike, if one's digests are not the others'."""
+        for what, told_R in zip(HELD_ALIKE, told_R3.T.tolist(), strict=True):
+            if odd := odd_ranks(told_R):
+                raise RanksDisagree(
+                    f"EP rank {odd} holds other {what} than the others at {self.where or 'one layer'}: its memory or "
+                    "its build of llep differs; restart the engine, and replace the machine if it happens again"
+                )
+
+
+def odd_ranks(told_R: Sequence[int]) -> str:
+    """The ranks that tell something else than most do; '' if all tell the same."""
+    usual = Counter(told_R).most_common(1)[0][0]
+    return ", ".join(str(rank) for rank, told in enumerate(told_R) if told != usual)
 
 
 @dataclass(frozen=True)

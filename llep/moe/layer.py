@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from typing import NamedTuple, Protocol
 
@@ -21,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from llep.errors import LlepError
-from llep.moe.agreement import RanksDisagree
+from llep.moe.agreement import HELD_ALIKE, Evidence, RanksDisagree, odd_ranks
 from llep.moe.dispatch import Dispatch, Index, Rows, Shares
 from llep.moe.slots import NO_RESIDENTS, Copy, LendingPool, Residents, is_lendable, span
 from llep.moe.workspace import Workspace
@@ -34,8 +32,10 @@ Decide = Callable[[Counts], Plan]
 # weights twice would cost more than is won by not waiting (bench.layer).
 FEW_ROWS = 256
 
-# Places in what a rank tells of its batch: whether it is bad, then these, then pairs of each expert from HEAD on.
-DIGEST, HEAD = 1, 6
+# Places in what a rank tells of its batch: whether it is bad, a digest of its routing, digests of what all ranks hold
+# alike (its settings, and the last plan that was agreed on), the batch's form, and pairs of each expert from HEAD on.
+DIGEST, ALIKE, FORM = 1, 2, 2 + 1 + len(HELD_ALIKE)
+HEAD = FORM + 4
 
 
 class Experts(Protocol):
@@ -100,7 +100,8 @@ class Group(Protocol):
     @property
     def where(self) -> str: ...
 
-    evidence: Callable[[], Mapping[str, int]]
+    settings_digest: int
+    evidence: Evidence
 
     def gather(self, row: torch.Tensor, what: str) -> torch.Tensor: ...
     def broadcast(self, tensor: torch.Tensor, what: str) -> None: ...
@@ -191,7 +192,8 @@ class LeastLoadedMoE:
         """Every rank holds all tokens; returns this rank's partial sum [T, H], to be summed over ranks by the caller.
 
         agree: all ranks plan from counts that were made equal; must be the same on all ranks. Without it the plan
-        must be plain EP, and nothing is compared. Raises BadBatch, with agree on every rank; compare: as below.
+        must be plain EP, and nothing is compared. Raises BadBatch and RanksDisagree, with agree on every rank;
+        compare: as below.
         """
         times = PhaseTimes()
         with times.measure("count"):
@@ -201,7 +203,7 @@ class LeastLoadedMoE:
                 mine = self._row(hidden_TH, gates_TK, ids_TK)
                 counts_E = _counts(self._told(mine.values[None], mine))[0]
         with times.measure("plan"):
-            plan = self._plan(decide, counts_E[None], compare=agree and compare)
+            plan = self._plan(decide, counts_E[None], compare=compare) if agree else decide(counts_E[None])
         lends = self._lend(plan)
         with times.measure("dispatch"):
             held = _Held.of(hidden_TH, gates_TK, ids_TK)
@@ -230,10 +232,10 @@ class LeastLoadedMoE:
         """Every rank holds its own tokens (also none); returns their full outputs [T, H].
 
         A token goes to a rank once, however many of its experts are there, and comes back as one weighted sum; what a
-        rank computes of its own tokens does not travel. Raises BadBatch on every rank if one rank's batch is bad.
-        compare: before anything is sent by them, ranks compare digests of counts, placement and plan, and all raise
-        RanksDisagree if one differs; must be the same on all ranks. Without it gloo may end a rank that is sent more
-        than it expects.
+        rank computes of its own tokens does not travel. Raises BadBatch on every rank if one rank's batch is bad, and
+        RanksDisagree if with its counts one tells of other settings, or of another plan in the layer before.
+        compare: ranks compare counts, placement and plan of this layer too, before anything is sent by them; must be
+        the same on all ranks. Without it gloo may end a rank that is sent more than it expects.
         """
         with self._explained():
             return self._forward_sharded(hidden_TH, gates_TK, ids_TK, decide, compare=compare)
@@ -369,24 +371,13 @@ class LeastLoadedMoE:
             raise
 
     def _plan(self, decide: Decide, counts_QE: Counts, *, compare: bool) -> Plan:
+        """The plan of counts that all ranks hold. compare: they make sure of it now, else with their next counts."""
         plan = decide(counts_QE)
-        self.transport.evidence = partial(_evidence, counts_QE, plan)
+        self.transport.evidence = evidence = Evidence(self.transport.where, counts_QE, plan)
         if compare and self.transport.size > 1:
-            self._compare(_evidence(counts_QE, plan))
+            row = torch.tensor(evidence.digests, dtype=torch.int64, device=self.transport.device)
+            evidence.compare(self.workspace.on_host(self.transport.gather(row, "comparison of plans")))
         return plan
-
-    def _compare(self, mine: Mapping[str, int]) -> None:
-        """Raises RanksDisagree on every rank if one holds other counts, placements or plans."""
-        row = torch.tensor(list(mine.values()), dtype=torch.int64, device=self.transport.device)
-        rows_RN = self.workspace.on_host(self.transport.gather(row, "comparison of plans"))
-        for what, told_R in zip(mine, rows_RN.T.tolist(), strict=True):
-            usual = Counter(told_R).most_common(1)[0][0]
-            if odd := [str(rank) for rank, told in enumerate(told_R) if told != usual]:
-                raise RanksDisagree(
-                    f"EP rank {', '.join(odd)} holds other {what} than the others at "
-                    f"{self.transport.where or 'one layer'}: its memory or its build of llep differs; restart the "
-                    "engine, and replace the machine if it happens again"
-                )
 
     def _gather_counts(self, hidden_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor) -> Counts:
         """Pairs of each rank for each expert [R, E]. Raises BadBatch on every rank if one rank's batch is bad."""
@@ -424,8 +415,7 @@ class LeastLoadedMoE:
     ) -> _Row:
         """What this rank tells of its batch, and what is wrong with it. Costs no copy from the device.
 
-        [HEAD + E + 2]: whether it is bad, a digest of the routing, the batch's form, pairs of each expert, with one
-        place more below and one above, for ids that are out of range.
+        [HEAD + E + 2]: places as above, with one more below and one above the experts', for ids that are out of range.
         """
         device = self.transport.device
         problem = self._problem(hidden_TH, gates_TK, ids_TK)
@@ -440,7 +430,8 @@ class LeastLoadedMoE:
         form = (ids_TK.shape[1], hidden_TH.shape[1], hidden_TH.element_size(), tokens)
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         digest = _digest(flat) if is_replicated else zero
-        return _Row(torch.cat((zero, digest, torch.tensor(form, device=device), counts)), "")
+        known = (self.transport.settings_digest, *self.transport.evidence.digests, *form)
+        return _Row(torch.cat((zero, digest, torch.tensor(known, device=device), counts)), "")
 
     def _told(self, rows_RN: torch.Tensor, mine: _Row) -> Counts:
         """These ranks' rows, or this rank's alone, on the host: a layer's one copy. BadBatch if one is bad."""
@@ -456,13 +447,23 @@ class LeastLoadedMoE:
         if len(bad):
             ranks = ", ".join(map(str, bad))
             raise BadBatch(f"EP rank {ranks} refused its batch; see its log. Nobody computes this layer")
-        forms_R4 = rows[:, DIGEST + 1 : HEAD]
+        self._check_alike(rows)
+        forms_R4 = rows[:, FORM:HEAD]
         if (forms_R4 != forms_R4[0]).any():
             raise BadBatch(
                 "EP ranks bring batches of different forms, (experts per token, hidden size, bytes per value, and "
                 f"tokens where all hold the same) {forms_R4.tolist()}: they must be equal"
             )
         return rows
+
+    def _check_alike(self, rows: Counts) -> None:
+        """Raises RanksDisagree on every rank if one runs other settings, or had another plan in the layer before."""
+        if odd := odd_ranks(rows[:, ALIKE].tolist()):
+            raise RanksDisagree(
+                f"EP rank {odd} runs other settings than the others at {self.transport.where or 'one layer'}: restart "
+                "the engine with the same settings on all ranks"
+            )
+        self.transport.evidence.compare(rows[:, ALIKE + 1 : FORM])
 
     def _problem(self, hidden_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor) -> str:
         """What is wrong with a batch's tensors; '' if nothing is. Costs no copy from the device."""
@@ -615,22 +616,9 @@ def _weights_problem(weights: Mapping[str, torch.Tensor], pool: LendingPool, dev
     return ""
 
 
-def _evidence(counts_QE: Counts, plan: Plan) -> dict[str, int]:
-    """Digests of what all ranks must hold alike: told when one gives up."""
-    return {
-        "counts": _bytes_digest(np.ascontiguousarray(counts_QE).tobytes()),
-        "placements": hash(plan.placement),
-        "plans": plan.digest(),
-    }
-
-
 def text_digest(text: str) -> int:
     """56 bits: the same text has the same digest on every machine."""
-    return _bytes_digest(text.encode())
-
-
-def _bytes_digest(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
 def _counts(rows_RN: Counts) -> Counts:

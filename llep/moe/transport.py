@@ -28,7 +28,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ import torch.distributed as dist
 
 from llep.errors import LlepError
 from llep.moe import neighbours
-from llep.moe.agreement import RanksDisagree
+from llep.moe.agreement import HELD_ALIKE, Evidence, RanksDisagree
 from llep.moe.dispatch import slots_of
 from llep.moe.slots import NO_RESIDENTS, Copy, Residents, bytes_of_expert
 from llep.plan import Plan, Transfer
@@ -127,7 +127,8 @@ class Transport:
         self.device = device
         self.watchdog_s = watchdog_s
         self.where = ""  # which step and layer is being computed, for messages
-        self.evidence: Callable[[], Mapping[str, int]] = dict  # digests of what all ranks hold alike there
+        self.settings_digest = 0  # of the settings that are live: told with every layer's counts, as is the evidence
+        self.evidence = Evidence()
         # A first step may compile kernels for minutes, on one rank longer than on another. Over NCCL this limit is the
         # watchdog: waiting with a limit of its own would hold up the host in every collective.
         start_up = timedelta(seconds=max(watchdog_s, 300.0)) if backend == "nccl" else timedelta(minutes=30)
@@ -379,7 +380,7 @@ class Transport:
     def _blame(self, place: str) -> str:
         """Which ranks have not given up with this one, where those are that have, and what they hold that this one
         does not: all say so in torch's store."""
-        mine = {"place": place, "where": self.where, **self.evidence()}
+        mine = {"place": place, "where": self.where, **dict(zip(HELD_ALIKE, self.evidence.digests, strict=True))}
         try:
             store = dist.distributed_c10d._get_default_store()
             store.set(self._gave_up_key(self.rank), json.dumps(mine))
@@ -403,7 +404,7 @@ def _verdict(told: Mapping[int, Mapping[str, Any]], size: int, rank: int) -> str
     if silent := [str(other) for other in range(size) if other not in told]:
         said.append(f"EP rank {', '.join(silent)} stopped or stalled")
     at_the_same = {other: it for other, it in sorted(told.items()) if it["where"] == mine["where"]}
-    for what in ("counts", "placements", "plans"):
+    for what in HELD_ALIKE:
         held = Counter(it[what] for it in at_the_same.values() if what in it)
         if len(held) > 1:
             usual = held.most_common(1)[0][0]

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from llep.moe.agreement import Evidence
 from llep.moe.dispatch import slots_of
 from llep.moe.slots import NO_RESIDENTS, Copy, Residents
 from llep.plan import Plan
@@ -78,7 +79,8 @@ class VirtualTransport:
         self.size = group.size
         self.device = group.device
         self.where = ""
-        self.evidence: Callable[[], Mapping[str, int]] = dict
+        self.settings_digest = 0
+        self.evidence = Evidence()
 
     def what_differs(self) -> str:
         return ""

@@ -362,6 +362,7 @@ class Rank:
         before = self.agreed.live.number
         self.agreed.agree(headers)
         settings = self.agreed.live.settings
+        self._transport.settings_digest = self.agreed.live.digest
         if self.agreed.live.number != before:
             logger.info("llep: settings revision %d is live from step %d", self.agreed.live.number, self._step_number)
             if self._recorder is not None:

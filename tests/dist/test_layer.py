@@ -308,8 +308,11 @@ def test_a_rank_that_dies_or_stalls_ends_the_others_and_is_named(where: str, may
         assert "EP rank 2 stopped or stalled" in message, message
 
 
-def misled(rank: int, size: int, step_of_fault: int, is_replicated: bool, compare: bool = True) -> str:
-    """The last rank's memory holds other counts than were gathered, as if a bit had flipped; what each rank said."""
+def misled(
+    rank: int, size: int, step_of_fault: int, is_replicated: bool, compare: bool = True, fault: str = "counts"
+) -> str:
+    """What each rank said. The last one's memory holds other counts than were gathered, as if a bit had flipped, other
+    by a token, or other settings."""
     home_rank = Placement.linear(8, size, 2).home_rank
     layer = make_layer(rank, size, 8, home_rank, slots=2)
     layer.transport.watchdog_s = 3
@@ -321,10 +324,12 @@ def misled(rank: int, size: int, step_of_fault: int, is_replicated: bool, compar
         batch = routed_tokens(shared, 50, 8, [0, 1], 0.8)
 
         def wrong(counts: Any, is_wrong: bool = rank == size - 1 and step == step_of_fault) -> Any:
-            moved = counts.copy()
-            moved[0, 0], moved[0, 5] = moved[0, 0] // 4, moved[0, 5] + moved[0, 0] - moved[0, 0] // 4
-            return choose(moved if is_wrong else counts)
+            moved, tokens = counts.copy(), 1 if fault == "token" else counts[0, 0] - counts[0, 0] // 4
+            moved[0, 0], moved[0, 5] = moved[0, 0] - tokens, moved[0, 5] + tokens
+            return choose(moved if is_wrong and fault != "settings" else counts)
 
+        if fault == "settings" and rank == size - 1:
+            layer.transport.settings_digest = step // step_of_fault
         try:
             if is_replicated:
                 result = layer.forward_replicated(*batch, wrong, agree=True, compare=compare)
@@ -342,6 +347,20 @@ def test_a_rank_with_other_counts_ends_all_and_is_named(is_replicated: bool, com
     for rank, message in enumerate(start_ranks(misled, 3, 2, is_replicated, compare)):
         assert message.startswith("ranks_disagree" if compare else "peer_lost"), message
         assert "step 2, layer 0" in message and "EP rank 2 holds other" in message, (rank, message)
+
+
+def test_a_plan_that_was_other_by_a_token_is_found_with_the_next_counts() -> None:
+    """All lends were there, so that nobody waited: no exchange but that of counts tells."""
+    for message in start_ranks(misled, 3, 2, True, False, "token"):
+        assert message.startswith("ranks_disagree"), message
+        assert "EP rank 2 holds other plans than the others at step 2, layer 0" in message
+
+
+@pytest.mark.parametrize("is_replicated", [True, False])
+def test_a_rank_with_other_settings_ends_all_and_is_named(is_replicated: bool) -> None:
+    for message in start_ranks(misled, 3, 2, is_replicated, False, "settings"):
+        assert message.startswith("ranks_disagree"), message
+        assert "EP rank 2 runs other settings than the others at step 2, layer 0" in message
 
 
 def lonely(rank: int, size: int) -> str:
