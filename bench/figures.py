@@ -46,7 +46,8 @@ def speed_bars(sweep: str, lines: list[Line], by: tuple[str, ...]) -> Bars:
     mine = [line for line in lines if line["sweep"] == sweep]
     if sweep in SHARED and mine:
         mine += [line for line in lines if line["sweep"] == "scenario" and (line["share"], line["hot"]) == (0.8, 4)]
-        mine.sort(key=lambda line: line[by[0]])
+    if sweep != "scenario":
+        mine.sort(key=lambda line: [line[key] for key in reversed(by)])
     return [
         (
             "/".join(f"{line[key]:g}" for key in by) if line["hot"] else "balanced",
