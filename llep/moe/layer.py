@@ -346,6 +346,7 @@ class LeastLoadedMoE:
             )
             _add_rows(output_TH, own_tokens_N, outputs_PH[places_N])
             _add_rows(sums_NH, rows_P, outputs_PH.index_fill_(0, places_N, 0.0))
+            del outputs_PH  # before the next ones are computed
 
     def _portions(
         self, sums_NH: torch.Tensor, held: _Held, rows: Rows, bank: Mapping[str, torch.Tensor]
