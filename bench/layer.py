@@ -90,6 +90,7 @@ def settings_of(case: Case, way: str) -> Settings:
         imbalance_threshold=case.threshold,
         capacity_factor=case.alpha,
         min_chunk_tokens=64,
+        min_batch_tokens=0,
     )
 
 
