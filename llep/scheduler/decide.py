@@ -342,7 +342,7 @@ def _measured_break_even(evidence: Evidence) -> BreakEven | None:
     overhead_s = sum(evidence.phase_seconds.get(phase, 0.0) for phase in ("plan", "lend")) / lending_steps
     reason = (
         f"a layer that lends costs {1e3 * overhead_s:.3g} ms and one lend {1e3 * lend_s:.3g} ms, "
-        f"a pair computes in {1e9 * pair_s:.3g} ns"
+        f"a pair computes in {1e6 * pair_s:.3g} µs"
     )
     inputs = {"overhead_s": overhead_s, "lend_s": lend_s, "pair_s": pair_s}
     return BreakEven(

@@ -266,7 +266,7 @@ def _lend_cut(ground: Ground, plan: ReplicaPlan) -> float:
 def _why(ground: Ground, plan: ReplicaPlan, saving_s: float, cost_s: float, least_s: float, cut: float) -> str:
     if not plan.added and not plan.dropped:
         windows = len(ground.forecast.share_WLE)
-        return f"no copy surely lowers the highest load, by {windows} windows: nothing is moved"
+        return f"no copy surely lowers the highest load, by {windows} window{'s'[: windows > 1]}: nothing is moved"
     what = f"{len(plan.added)} copies added, {len(plan.dropped)} dropped: saves {saving_s:.3g} s of {HORIZON_S:.0f} s"
     what += f" ({100 * cut:.0f}% of the lends), costs {cost_s:.3g} s"
     if saving_s < least_s:
