@@ -20,6 +20,7 @@ import pytest
 
 from llep.cli.demo import LoadPlan
 from llep.training.text import Domain
+from tests.unit.commands import run_llep
 
 COMMAND = [sys.executable, "-c", "from llep.cli import main; main()", "demo", "load"]
 
@@ -74,7 +75,7 @@ def texts(tmp_path: Path) -> list[str]:
 
 
 def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60, env=env)
+    return run_llep("demo", "load", *arguments, env=env, timeout_s=60)
 
 
 def test_it_sends_prompts_of_shifting_domains_and_stops(texts: list[str]) -> None:

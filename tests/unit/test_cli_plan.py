@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 
 from llep.errors import SettingsError
 from llep.planning.question import answer, parse_question
+from tests.unit.commands import run_llep
 
 SKEWED = {
     "tokens": [[900, 100, 0, 0], [900, 100, 0, 0]],
@@ -22,10 +22,7 @@ SKEWED = {
 
 
 def llep(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from llep.cli import main; sys.exit(main())"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], input=stdin, capture_output=True, text=True, timeout=120
-    )
+    return run_llep(*arguments, stdin=stdin, timeout_s=120)
 
 
 def ask(question: Any, planner: str = "quota") -> dict[str, Any]:

@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pytest
 
-CODE = "import sys; from llep.cli import main; sys.exit(main())"
+from tests.unit.commands import run_llep as llep
+
+CODE = "from llep.cli import main; main()"
 SMALL = ("--model", "gpt-oss-20b", "--layers", "2", "--steps", "3", "--tokens-per-rank", "512", "--ranks", "4")
-
-
-def llep(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, timeout=300)
 
 
 def test_a_workload_as_json_with_a_chart_and_kept_as_a_recording(tmp_path: Path) -> None:
@@ -119,34 +117,12 @@ USAGE_ERRORS: list[tuple[tuple[str, ...], str]] = [
     (("zipf:ratio=2", "--chart", "chart.png"), "must be an .html file"),
 ]
 
-# The command is imported once and forked for each case: starting Python anew takes a second each.
-FORKING = """
-import json, os, sys, tempfile
-import llep.simulate, llep.traces
-from llep.cli import main
-for arguments in json.load(sys.stdin):
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        if not (child := os.fork()):
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
-            sys.argv = ["llep", *arguments]
-            sys.exit(main())
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        out.seek(0)
-        err.seek(0)
-        print(json.dumps([code, out.read().decode(), err.read().decode()]), flush=True)
-"""
 
-
-def test_usage_errors() -> None:
-    cases = json.dumps([["simulate", *SMALL, *arguments] for arguments, _ in USAGE_ERRORS])
-    done = subprocess.run([sys.executable, "-c", FORKING], input=cases, capture_output=True, text=True, timeout=300)
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == len(USAGE_ERRORS), done.stderr
-    for (arguments, message), (code, output, errors) in zip(USAGE_ERRORS, results, strict=True):
-        assert code == 2, (arguments, output, errors)
-        assert message in errors and "Traceback" not in errors, (arguments, errors)
-        assert output == "", arguments
+@pytest.mark.parametrize(("arguments", "message"), USAGE_ERRORS)
+def test_usage_errors(arguments: tuple[str, ...], message: str) -> None:
+    done = llep("simulate", *SMALL, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_files_that_are_no_recordings(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from llep.tiny_models import Kind, write_tiny_model
 from llep.tiny_models.options import numbers, parse_experts
 from llep.tiny_models.tensors import RESERVED
 from llep.tiny_models.tokenizer import HARMONY
+from tests.unit.commands import run_llep
 
 Weights = dict[str, npt.NDArray[Any]]
 
@@ -42,11 +43,6 @@ def same_bytes(one: Path, other: Path) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(path.read_text())
     return value
-
-
-def run_llep(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from llep.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("kind", KINDS)
