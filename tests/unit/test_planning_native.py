@@ -55,7 +55,7 @@ def test_no_rule_is_broken_in_a_share_of_the_fuzzing() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_within_2_percent_of_the_optimum(seed: int) -> None:
-    assert excess_over_optimum(small_case(seed), time_limit_s=2.0) <= 0.02
+    assert excess_over_optimum(small_case(seed), time_limit_s=0.3) <= 0.02
 
 
 @pytest.mark.parametrize(("ratio", "most_lends"), [(1.51, 36), (2.01, 42), (3.03, 44)])

@@ -128,7 +128,7 @@ def test_one_hot_expert_that_eplb_cannot_spread() -> None:
     assert eplb.max() / eplb.mean() > 1.5
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("tokens_per_rank", [16, 4096])
 def test_noise_moves_nothing(seed: int, tokens_per_rank: int) -> None:
     forecast = Forecast.start(LAYERS, EXPERTS)
