@@ -20,6 +20,7 @@ from llep.errors import SettingsError
 from llep.loads import home_loads, imbalance_ratio
 from llep.placement import Placement
 from llep.planning import PLANNERS, PlanOptions, plan_step
+from llep.planning.options import refuse_counts
 
 TIMED_PLANS = 20
 DEFAULT_SLOTS = 4
@@ -129,6 +130,10 @@ def _counts(tokens: Any) -> npt.NDArray[np.int64]:
     counts_RE = np.array(tokens, dtype=np.int64)
     if not counts_RE.any():
         raise SettingsError("tokens holds 0 tokens: there must be at least 1 to plan for", param="tokens")
+    try:
+        refuse_counts(counts_RE)
+    except ValueError as error:
+        raise SettingsError(f"tokens: {error}", param="tokens") from None
     return counts_RE
 
 

@@ -134,6 +134,7 @@ def test_a_table_for_people() -> None:
         ({"tokens": [[1, True], [3, 4]]}, "tokens[0][1] must be an integer >= 0, got True"),
         ({"tokens": [[1, "2"], [3, 4]]}, "tokens[0][1] must be an integer >= 0, got '2'"),
         ({"tokens": [[1, 10**30], [3, 4]]}, "tokens[0][1] must be an integer >= 0"),
+        ({"tokens": [[1, 2**31], [3, 4]]}, "tokens: counts must be in 0..2147483647, got 2147483648 from rank 0"),
         ({"tokens": [[0, 0], [0, 0]]}, "tokens holds 0 tokens"),
         ({"home_rank": [0]}, "expert 1 is without a home"),
         ({"home_rank": [0, None]}, "expert 1 is without a home"),
