@@ -54,6 +54,7 @@ def test_without_a_cost_model_nothing_is_predicted(unchanged: Running) -> None:
         ({"tokens": [[1, 2], [3]]}, 422, "invalid_setting", "tokens"),
         ({"tokens": [[1, -2]]}, 422, "invalid_setting", "tokens"),
         ({"tokens": [[2**62, 1]]}, 422, "invalid_setting", None),
+        ({"tokens": [[2**31, 1], [1, 1]], "slots_per_rank": 1}, 422, "invalid_setting", "tokens"),
         ({"token": [[1]]}, 422, "invalid_setting", "token"),
         ({**QUESTION, "planner": "best"}, 422, "invalid_setting", "planner"),
         ({**QUESTION, "planner": ["quota"]}, 422, "invalid_setting", "planner"),
@@ -67,8 +68,8 @@ def test_bad_questions(unchanged: Running, body: Any, status: int, code: str, pa
 
 
 def test_sixteen_mebibytes_and_no_more(unchanged: Running) -> None:
-    row = json.dumps([1] * 1000)
-    fits = f'{{"tokens": [{", ".join([row] * 4000)}]}}'.encode()
+    row = json.dumps([10**9] * 1000)  # few and long numbers, all alike: to read them is work enough, to plan is none
+    fits = f'{{"tokens": [{", ".join([row] * 1000)}]}}'.encode()
     assert 11 << 20 < len(fits) <= 16 << 20
     slowest_s = 0.0
     done = threading.Event()
@@ -86,7 +87,7 @@ def test_sixteen_mebibytes_and_no_more(unchanged: Running) -> None:
     answer = ask(unchanged, fits)
     done.set()
     watching.join()
-    assert answer.status_code in (200, 422, 504), answer.text[:500]
+    assert answer.status_code in (200, 504), answer.text[:500]
     assert slowest_s < 2.0  # the loop never waits for it, however slow this machine is
     error_of(ask(unchanged, b" " * ((16 << 20) + 1)), 413, "body_too_large")
 
