@@ -38,8 +38,11 @@ serve: $(READY) $(if $(filter $(TINY) $(NATURAL),$(MODEL)),$(MODEL)/config.json)
 dashboard: $(READY) $(if $(shell command -v prometheus),,$(PROMETHEUS))
 	@PATH="$$PATH:$(abspath $(dir $(PROMETHEUS)))" exec $(BIN)/llep dashboard
 
+# Tests that mostly wait run two at a time; a vLLM on two ranks wants both cores of a small machine to itself.
 test: check tools
-	$(BIN)/python -m pytest tests/dist tests/gpu tests/scheduler tests/server tests/page tests/ops tests/vllm tests/e2e
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not vllm" \
+	  tests/dist tests/gpu tests/scheduler tests/server tests/page tests/ops
+	$(BIN)/python -m pytest -m "vllm or e2e" tests/ops tests/vllm tests/e2e
 
 check: lint types unit
 
@@ -51,7 +54,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/python -m pytest -n 2 tests/unit
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
 
 # Each adds lines to bench/results: an hour on 2 quiet cores.
 bench: $(READY)
