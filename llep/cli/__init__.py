@@ -49,14 +49,17 @@ def _options(
 ) -> None: ...
 
 
+_added: set[str] = set()
+
+
 def _register(command: str = "") -> None:
     """Each module of commands adds its own to `app`, once; where the command is known, its own modules alone: to import
     the others is a third of the time that a short command takes.
     """
-    if app.registered_commands:
-        return
     for name in modules_of(command):
-        importlib.import_module(f"llep.cli.{name}").add_to(app)
+        if name not in _added:
+            _added.add(name)
+            importlib.import_module(f"llep.cli.{name}").add_to(app)
 
 
 def modules_of(command: str) -> Sequence[str]:
