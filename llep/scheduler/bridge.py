@@ -79,8 +79,15 @@ class Bridge:
     async def keep_link(self) -> None:
         """Join Ray, then see to it that the actor answers. Returns when the link is lost for good."""
         await self._wait_for_ray()
+        joining = asyncio.create_task(self._connect())
+        if self._address != DEFAULT_ADDRESS:  # a join of what has ended meanwhile goes on until its time is up
+            is_open = asyncio.create_task(_until_closed(*self._host_and_port))
+            await asyncio.wait([joining, is_open], return_when=asyncio.FIRST_COMPLETED)
+            is_open.cancel()
+            if not joining.done():
+                return self._tell(RAY_HAS_ENDED)
         try:
-            await self._connect()
+            await joining
         except TimeoutError:
             self._tell(f"joining Ray took more than {JOIN_TIMEOUT_S:g} s")
             return

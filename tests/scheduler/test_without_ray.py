@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from llep.errors import SchedulerUnreachable, UnsupportedConfiguration
+from llep.scheduler.bridge import RAY_HAS_ENDED
 from llep.scheduler.client import SchedulerClient
 from tests.scheduler.conftest import RunningEngine, free_port, wait_for
 
@@ -45,6 +46,26 @@ def test_something_that_listens_but_never_answers(tmp_path: Path) -> None:
                     await client.call("status", timeout_s=0.5)
                 with pytest.raises(SchedulerUnreachable, match="whether the change was stored is not known"):
                     await client.call("patch_settings", {"mode": "off"}, "me", timeout_s=0.5)
+
+    asyncio.run(body())
+
+
+def test_a_ray_that_ends_while_it_is_joined_is_not_waited_for(tmp_path: Path) -> None:
+    """Its successor at the address is joined by another bridge."""
+
+    async def body() -> None:
+        accepted: list[asyncio.StreamWriter] = []
+        mute = await asyncio.start_server(lambda _, writer: accepted.append(writer), "127.0.0.1", 0)
+        address = f"127.0.0.1:{mute.sockets[0].getsockname()[1]}"
+        async with SchedulerClient(address, "test", tmp_path) as client:
+            while len(accepted) < 3:  # whether anybody listens, how long, and Ray's own
+                await asyncio.sleep(0.05)
+            mute.close()
+            for writer in accepted:
+                writer.close()
+            async with asyncio.timeout(10):
+                while RAY_HAS_ENDED not in client.problem:
+                    await asyncio.sleep(0.05)
 
     asyncio.run(body())
 

@@ -186,10 +186,14 @@ def test_a_signal_is_acted_on_in_a_pause_only() -> None:
 
 
 def test_a_signal_ends_a_pause() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests too may run under nohup
     signals = StopSignals()
-    with signals.heeded(), pytest.raises(StopRequested):
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGHUP)).start()
-        signals.pause(3600.0)
+    try:
+        with signals.heeded(), pytest.raises(StopRequested):
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGHUP)).start()
+            signals.pause(3600.0)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_nohup_is_respected() -> None:
