@@ -66,7 +66,7 @@ def environment(stack: Stack) -> dict[str, str]:
 def as_it_is_here(stack: Stack, command: str) -> str:
     """With this stack's addresses, a recording, a revision that are there, and shorter times."""
     command = command.replace("http://127.0.0.1:8000", stack.api).replace("http://127.0.0.1:8088", stack.control_plane)
-    command = re.sub(r"--duration \w+", "--duration 4s", command)
+    command = re.sub(r"--duration \w+", "--duration 4s", command).replace('"duration_s": 60', '"duration_s": 4')
     if re.search(r"\bID\b", command):
         newest = stack.llep_json("record", "list")[0]["id"]
         stack.wait_for(lambda: stack.get(f"/v1/recordings/{newest}")["ended_s"], 60, "the end of the recording")
