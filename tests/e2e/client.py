@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from typing import Any
+from typing import Any, Self
 
 from openai import OpenAI
 
@@ -15,13 +15,19 @@ PROBE = "A plan says which rank computes which tokens of each expert, and who se
 
 
 class Client:
-    """The openai client, adding up the tokens that went through the model."""
+    """The openai client, adding up the tokens that went through the model. Its connections end with `with`."""
 
     def __init__(self, stack: Stack, model: str = "model") -> None:
         self._model = model
         self._openai = OpenAI(base_url=f"{stack.api}/v1", api_key="none", timeout=60, max_retries=0)
         self._lock = threading.Lock()
         self.tokens = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        self._openai.close()
 
     def complete(self, prompt: str | list[int], max_tokens: int = 1) -> str:
         """The greedy continuation, as long as asked for."""

@@ -47,9 +47,8 @@ def stack(folder: Path) -> Iterator[Stack]:
 
 @contextmanager
 def traffic(stack: Stack) -> Iterator[Traffic]:
-    client = Client(stack, NAME)
     words = prompts(1, words=150)[0]
-    with Traffic(lambda: client.complete(words, max_tokens=4)) as traffic:
+    with Client(stack, NAME) as client, Traffic(lambda: client.complete(words, max_tokens=4)) as traffic:
         yield traffic
     assert not traffic.failures
 

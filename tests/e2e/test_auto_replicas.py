@@ -77,8 +77,13 @@ def placement_decisions(stack: Stack) -> list[dict[str, Any]]:
     return [each for each in stack.get("/v1/decisions", limit=200)["data"] if each["kind"] == "placement"]
 
 
-def test_hot_experts_get_copies_that_stay_with_the_load_and_go_with_it(stack: Stack) -> None:
-    client = Client(stack)
+@pytest.fixture
+def client(stack: Stack) -> Iterator[Client]:
+    with Client(stack) as client:
+        yield client
+
+
+def test_hot_experts_get_copies_that_stay_with_the_load(stack: Stack, client: Client) -> None:
     seeds = iter(range(1_000_000))
     replies: dict[int, set[str]] = {0: set(), 1: set()}
 

@@ -42,8 +42,9 @@ def stack(model: Path, folder: Path) -> Iterator[Stack]:
 
 
 @pytest.fixture(scope="module")
-def client(stack: Stack) -> Client:
-    return Client(stack)
+def client(stack: Stack) -> Iterator[Client]:
+    with Client(stack) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")

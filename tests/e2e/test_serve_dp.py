@@ -24,8 +24,9 @@ def stack(model: Path, folder: Path) -> Iterator[Stack]:
 
 
 @pytest.fixture(scope="module")
-def client(stack: Stack) -> Client:
-    return Client(stack)
+def client(stack: Stack) -> Iterator[Client]:
+    with Client(stack) as client:
+        yield client
 
 
 def test_loads_of_both_ranks(stack: Stack, client: Client) -> None:
