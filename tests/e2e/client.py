@@ -10,6 +10,7 @@ from openai import OpenAI
 
 from tests.e2e.stack import LAYERS, TOP_K, Stack
 
+ANSWER_WITHIN_S = 120.0  # the first time vLLM compiles, beside whatever else the machine does
 WORDS = "def return the a model token expert rank load plan of to lend spill fox dog over lazy quick brown".split()
 PROBE = "A plan says which rank computes which tokens of each expert, and who sends weights to whom. " * 3
 
@@ -19,7 +20,7 @@ class Client:
 
     def __init__(self, stack: Stack, model: str = "model") -> None:
         self._model = model
-        self._openai = OpenAI(base_url=f"{stack.api}/v1", api_key="none", timeout=60, max_retries=0)
+        self._openai = OpenAI(base_url=f"{stack.api}/v1", api_key="none", timeout=ANSWER_WITHIN_S, max_retries=0)
         self._lock = threading.Lock()
         self.tokens = 0
 

@@ -68,7 +68,7 @@ def as_it_is_here(stack: Stack, command: str) -> str:
     command = re.sub(r"--duration \w+", "--duration 4s", command).replace('"duration_s": 60', '"duration_s": 4')
     if re.search(r"\bID\b", command):
         newest = stack.llep_json("record", "list")[0]["id"]
-        stack.wait_for(lambda: stack.get(f"/v1/recordings/{newest}")["ended_s"], 60, "the end of the recording")
+        stack.wait_for(lambda: stack.get(f"/v1/recordings/{newest}")["ended_s"], 120, "the end of the recording")
         command = re.sub(r"\bID\b", newest, command)
     revision = stack.get("/v1/settings")["revision"]
     for given, here in (
