@@ -206,8 +206,8 @@ def shares(steps: Sequence[Step]) -> tuple[list[float], list[float]]:
     whole = [(is_on, block) for is_on, block in found if sum(step.seconds for step in block) > 0.8 * BLOCK_S]
     triples = [
         (before + after, on)
-        for (_, before), (is_on, on), (_, after) in zip(whole, whole[1:], whole[2:], strict=False)
-        if is_on
+        for (was_on, before), (is_on, on), (goes_on, after) in zip(whole, whole[1:], whole[2:], strict=False)
+        if is_on and not was_on and not goes_on
     ]
     by_clock, by_processor = (
         [

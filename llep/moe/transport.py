@@ -380,7 +380,9 @@ class Transport:
     def _blame(self, place: str) -> str:
         """Which ranks have not given up with this one, where those are that have, and what they hold that this one
         does not: all say so in torch's store."""
-        mine = {"place": place, "where": self.where, **dict(zip(HELD_ALIKE, self.evidence.digests, strict=True))}
+        mine: dict[str, Any] = {"place": place, "where": self.where}
+        if self.evidence.where == self.where:  # else nothing is planned there yet, which others may have done
+            mine |= zip(HELD_ALIKE, self.evidence.digests, strict=True)
         try:
             store = dist.distributed_c10d._get_default_store()
             store.set(self._gave_up_key(self.rank), json.dumps(mine))
