@@ -28,4 +28,14 @@ def register() -> None:
     from llep.vllm_plugin.runner import put_in_place
 
     load_settings()  # a mistake in LLEP_* or LLEP_CONFIG ends the API server at once, not a worker after a minute
+    _bring_settings_to_workers_of_ray()
     put_in_place()
+
+
+def _bring_settings_to_workers_of_ray() -> None:
+    """vLLM's older Ray executor hands its workers only those of its variables whose names begin as listed here."""
+    import os
+
+    variable = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+    prefixes = [prefix for prefix in os.environ.get(variable, "").split(",") if prefix.strip()]
+    os.environ[variable] = ",".join(dict.fromkeys([*prefixes, "LLEP_"]))

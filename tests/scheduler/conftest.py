@@ -47,9 +47,10 @@ def kill_session(leader: subprocess.Popen[bytes]) -> None:
 class RayHead:
     """`ray start --head` in a session of its own, ended by its process group."""
 
-    def __init__(self, folder: Path, object_store_bytes: int = 80_000_000) -> None:
+    def __init__(self, folder: Path, object_store_bytes: int = 80_000_000, num_gpus: int = 0) -> None:
         self.folder = folder
         self._object_store_bytes = object_store_bytes
+        self._num_gpus = num_gpus  # that it believes in
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -68,6 +69,7 @@ class RayHead:
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={self.port}"),
             *("--node-ip-address=127.0.0.1", "--num-cpus=1", "--include-dashboard=false", "--disable-usage-stats"),
             *(f"--temp-dir={self.folder}", f"--object-store-memory={self._object_store_bytes}"),
+            f"--num-gpus={self._num_gpus}",
         ]
         with (self.folder / "out.log").open("ab") as log:
             self._process = subprocess.Popen(
