@@ -16,7 +16,7 @@ from bench.record import add_record
 from bench.scheduler.engines import SimulatedEngine
 from bench.scheduler.running import Usage
 from llep.scheduler.admit import decode
-from llep.scheduler.totals import EXPERT_MINUTES, EXPERT_ROWS, RANK_STEPS
+from llep.scheduler.totals import EXPERT_MINUTES, EXPERT_ROWS, EXPERT_SECONDS, RANK_STEPS
 from llep.scheduler.windows import Windows
 
 CASES = [(64, 8), (40, 64)]
@@ -39,7 +39,7 @@ def measure(engines: int, ranks: int, layers: int, experts: int) -> dict[str, An
             cpu_s += time.process_time() - started_s
             taken += 1
     known = next(iter(windows.engines.values()))
-    assert [len(ring) for ring in known.totals._expert_rings] == [EXPERT_ROWS, EXPERT_MINUTES]
+    assert [len(ring) for ring in known.totals._expert_rings] == [EXPERT_SECONDS, EXPERT_ROWS, EXPERT_MINUTES]
     return {
         "bench": "memory",
         "engines": engines,

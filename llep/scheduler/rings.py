@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import deque
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,68 @@ Rows = npt.NDArray[Any]
 
 MOST_BYTES = 32 << 20  # of one ring
 FEWEST_ROWS = 2
+
+
+class Kept(Protocol):
+    """Rows of the past, at steps of time."""
+
+    step_s: float
+
+    def __len__(self) -> int: ...
+
+    def wants(self, time_s: float) -> bool:
+        """Whether a row of that time would be the first of its step."""
+        ...
+
+    def put(self, time_s: float, row: Rows) -> None:
+        """Keep a row, later than all before it."""
+        ...
+
+    def reaches(self, time_s: float) -> bool:
+        """Whether a row that old is kept, or the first there ever was."""
+        ...
+
+    def at(self, time_s: float) -> tuple[float, Rows]:
+        """(time, row): the newest not later than that time, else the oldest kept."""
+        ...
+
+
+class Increments:
+    """A Ring of unsigned counts that keeps of each row what it adds to the one before, in as few bytes as that needs:
+    short steps add little. A row is had by taking off what came later, so the newest are the cheapest.
+    """
+
+    def __init__(self, step_s: float, capacity: int, width: int, dtype: type[np.unsignedinteger[Any]]) -> None:
+        self.step_s = step_s
+        capacity = max(min(capacity, MOST_BYTES // (width * np.dtype(dtype).itemsize)), FEWEST_ROWS)
+        self._times: deque[float] = deque(maxlen=capacity)
+        self._added: deque[Rows] = deque(maxlen=capacity - 1)  # by each row but the oldest
+        self._newest: Rows = np.zeros(width, dtype=dtype)
+        self._has_first = True
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def wants(self, time_s: float) -> bool:
+        return not self._times or time_s // self.step_s > self._times[-1] // self.step_s
+
+    def put(self, time_s: float, row: Rows) -> None:
+        self._has_first &= len(self._times) < (self._times.maxlen or 0)
+        if self._times:
+            added = row - self._newest  # modulo what the counts are modulo of
+            self._added.append(added.astype(np.min_scalar_type(added.max(initial=0))))
+        self._times.append(time_s)
+        self._newest = row
+
+    def reaches(self, time_s: float) -> bool:
+        return bool(self._times) and (self._has_first or self._times[0] <= time_s)
+
+    def at(self, time_s: float) -> tuple[float, Rows]:
+        place, row = len(self._times) - 1, self._newest.copy()
+        while place and self._times[place] > time_s:
+            row -= self._added[place - 1]
+            place -= 1
+        return self._times[place], row
 
 
 class Ring:
@@ -28,11 +91,9 @@ class Ring:
         return min(self._count, len(self._times))
 
     def wants(self, time_s: float) -> bool:
-        """Whether a row of that time would be the first of its step."""
         return not self._count or time_s // self.step_s > self._newest_s // self.step_s
 
     def put(self, time_s: float, row: Rows) -> None:
-        """Keep a row, later than all before it."""
         at = self._count % len(self._times)
         self._times[at] = time_s
         self._rows[at] = row
@@ -50,11 +111,9 @@ class Ring:
         return found
 
     def reaches(self, time_s: float) -> bool:
-        """Whether a row that old is kept, or the first there ever was."""
         return bool(self._count) and (self._count <= len(self._times) or self.times[0] <= time_s)
 
     def at(self, time_s: float) -> tuple[float, Rows]:
-        """(time, row): the newest not later than that time, else the oldest kept."""
         times = self.times
         place = max(int(np.searchsorted(times, time_s, side="right")) - 1, 0)
         at = self._order()[place]

@@ -6,8 +6,10 @@ L layers, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -16,9 +18,10 @@ import numpy.typing as npt
 from llep.messages import LAYER_PHASES, LINKS, STAGES, STEP_PHASES, Report, Worth
 from llep.plan import Decision
 from llep.scheduler.admit import Counters
-from llep.scheduler.rings import Ring
+from llep.scheduler.rings import Increments, Kept, Ring
 
 Floats = npt.NDArray[np.float64]
+AnyRing = TypeVar("AnyRing", bound=Kept)
 
 WORTH_FIELDS = len(Worth.__struct_fields__)
 # Of each rank: seconds by step phase and by layer phase, worth by step phase, memory used and free.
@@ -27,8 +30,8 @@ GAUGES = 2
 DECISIONS = tuple(str(decision) for decision in Decision)
 
 RANK_STEPS = ((1.0, 600), (10.0, 720), (60.0, 720))  # (seconds, rows): 10 minutes, 2 hours, 12 hours
-# Windows of decide_every_s (10 s: 4 minutes of them), and of a minute (half an hour).
-EXPERT_ROWS, EXPERT_MINUTES = 25, 31
+# Windows of a second (20 of them), of decide_every_s (10 s: 4 minutes of them), and of a minute (half an hour).
+EXPERT_SECONDS, EXPERT_ROWS, EXPERT_MINUTES = 21, 25, 31
 
 
 class Columns:
@@ -126,7 +129,7 @@ class Window:
 
 
 class Totals:
-    """The rows of one engine: rank level at RANK_STEPS, every expert of every layer every expert_step_s and minute."""
+    """The rows of one engine: ranks at RANK_STEPS, every expert of every layer by the second, expert_step_s, minute."""
 
     def __init__(self, ep_size: int, num_layers: int, num_experts: int, expert_step_s: float = 10.0) -> None:
         self.expert_step_s = expert_step_s
@@ -138,8 +141,12 @@ class Totals:
         self._shape_PLE, self._shape_PLR = (P, L, E), (P, L, R)
         # Modulo 2^32: the difference of two rows is right all the same, up to 4 billion pairs of one expert.
         width = P * L * (E + R) + L
-        steps = (expert_step_s, EXPERT_ROWS), (60.0, EXPERT_MINUTES)
-        self._expert_rings = [Ring(step_s, rows, width, np.uint32) for step_s, rows in steps]
+        self._expert_steps = Ring(expert_step_s, EXPERT_ROWS, width, np.uint32)
+        self._expert_rings: list[Kept] = [
+            Increments(1.0, EXPERT_SECONDS, width, np.uint32),
+            self._expert_steps,
+            Ring(60.0, EXPERT_MINUTES, width, np.uint32),
+        ]
         self.newest_experts: npt.NDArray[np.uint32] = np.zeros(width, dtype=np.uint32)
 
     @property
@@ -159,7 +166,7 @@ class Totals:
             casting="unsafe",
         )
         self.newest, self.newest_experts, self.newest_s = row, experts, time_s
-        is_new = self._expert_rings[0].wants(time_s)
+        is_new = self._expert_steps.wants(time_s)
         self._put(time_s, row, experts)
         return is_new
 
@@ -167,9 +174,9 @@ class Totals:
         for ring in self._rings:
             if ring.wants(time_s):
                 ring.put(time_s, row)
-        for ring in self._expert_rings:
-            if ring.wants(time_s):
-                ring.put(time_s, experts)
+        for kept in self._expert_rings:
+            if kept.wants(time_s):
+                kept.put(time_s, experts)
 
     def window(self, window_s: float) -> Window:
         """The newest row less the one window_s before it, or what there is of it."""
@@ -205,8 +212,8 @@ class Totals:
         return routed_LE
 
     def routed_windows(self) -> tuple[Floats, Floats]:
-        """(times [N + 1], pairs routed [N, L, E], both phases) of the finest steps that are kept, the oldest first."""
-        ring = self._expert_rings[0]
+        """(times [N + 1], pairs routed [N, L, E], both phases) of the expert_step_s that are kept, the oldest first."""
+        ring = self._expert_steps
         size = int(np.prod(self._shape_PLE))
         rows = ring.rows[:, :size]
         routed_NPLE = np.diff(rows, axis=0).reshape(-1, *self._shape_PLE)
@@ -220,7 +227,7 @@ class Totals:
         return routed.reshape(self._shape_PLE), computed.reshape(self._shape_PLR), lends_L
 
 
-def _ring_for(rings: list[Ring], start_s: float) -> Ring:
+def _ring_for(rings: Sequence[AnyRing], start_s: float) -> AnyRing:
     """The finest that goes back so far, else the one that goes back furthest."""
     reaching = [ring for ring in rings if ring.reaches(start_s)]
     return reaching[0] if reaching else rings[-1]

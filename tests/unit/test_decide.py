@@ -26,7 +26,7 @@ from llep.scheduler.decide import (
 )
 from llep.scheduler.decide_placement import FEWEST_ROUNDS, Ground, decide_placement, refusal, room
 from llep.scheduler.evidence import Evidence, measured_gain
-from llep.scheduler.rings import Ring
+from llep.scheduler.rings import Increments, Ring
 
 NOW_S = 1e6
 
@@ -492,3 +492,28 @@ def test_a_ring_keeps_the_first_row_of_each_step(gaps: list[float], step_s: floa
     for at_s in (times[0] - 1.0, float(np.mean(times)), times[-1] + 1.0):
         earlier = [time_s for time_s in kept[-capacity:] if time_s <= at_s]
         assert ring.at(at_s)[0] == (earlier[-1] if earlier else kept[-capacity:][0])
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0.01, 3.0), st.sampled_from([0, 1, 200, 60_000, 1 << 20, (1 << 32) - 1])), max_size=40
+    ),
+    st.integers(2, 9),
+)
+def test_increments_are_a_ring_in_fewer_bytes(steps: list[tuple[float, int]], capacity: int) -> None:
+    """Of counts modulo 2^32, also where they pass it."""
+    ring, increments = Ring(1.0, capacity, 2, np.uint32), Increments(1.0, capacity, 2, np.uint32)
+    time_s, total = 0.0, 0
+    for gap_s, added in steps:
+        time_s, total = time_s + gap_s, total + added
+        assert ring.wants(time_s) == increments.wants(time_s)
+        if ring.wants(time_s):
+            for each in (ring, increments):
+                each.put(time_s, np.array([total, 7], dtype=np.uint64).astype(np.uint32))
+    assert len(ring) == len(increments) and ring.reaches(time_s - 5) == increments.reaches(time_s - 5)
+    for at_s in np.linspace(-1.0, time_s + 1.0, 12) if len(ring) else ():
+        assert ring.at(at_s)[0] == increments.at(at_s)[0]
+        assert ring.at(at_s)[1].tolist() == increments.at(at_s)[1].tolist()
+        assert ring.reaches(at_s) == increments.reaches(at_s)
+    if max((added for _, added in steps), default=0) < 1 << 8 and len(increments) > 1:
+        assert {added.dtype for added in list(increments._added)[1:]} <= {np.dtype(np.uint8), np.dtype(np.uint16)}

@@ -13,6 +13,7 @@ import pytest
 from llep.messages import Array, Histogram, PlacementOrder, PlanSample, Report, Worth, encode
 from llep.scheduler.admit import Refusal, Refused, decode
 from llep.scheduler.desired import Desired
+from llep.scheduler.rings import Increments, Ring
 from llep.scheduler.show import settings_view
 from llep.scheduler.show_loads import ground_of, history, hot, loads, matrix
 from llep.scheduler.totals import Totals
@@ -124,14 +125,28 @@ def test_reports_by_the_tenth_of_a_second_take_no_more_memory() -> None:
         hear(windows, workers, tenth / 10)
     totals = windows.engines["tiny"].totals
     assert [len(ring) for ring in totals._rings] == [120, 12, 2]
-    assert [len(ring) for ring in totals._expert_rings] == [12, 2]
+    assert [len(ring) for ring in totals._expert_rings] == [21, 12, 2]
     assert totals.newest_s == 119.9
+
+
+@pytest.mark.parametrize("window_s", [1, 3, 20])
+def test_experts_are_known_by_the_second(window_s: int) -> None:
+    windows, workers = Windows(), Workers(ep_size=4)
+    run(windows, workers, 0, 60 - window_s)
+    routed_LE, computed_LR = workers.routed_LE.copy(), workers.computed_LR.copy()
+    run(windows, workers, 60 - window_s, 60)
+    engine = windows.engines["tiny"]
+    by_expert = matrix(engine, "expert", "before", window_s, None)
+    assert by_expert.window_s == window_s and by_expert.values == (workers.routed_LE - routed_LE).tolist()
+    assert matrix(engine, "rank", "after", window_s, None).values == (workers.computed_LR - computed_LR).tolist()
 
 
 def test_a_huge_engine_gets_a_shorter_memory() -> None:
     totals = Totals(ep_size=2560, num_layers=58, num_experts=2560)
-    rings = [*totals._rings, *totals._expert_rings]
-    assert all(ring._rows.nbytes <= 32 << 20 for ring in rings)
+    seconds, *others = totals._expert_rings
+    assert isinstance(seconds, Increments) and 10 <= (seconds._times.maxlen or 0) < 21
+    rings = [*totals._rings, *(ring for ring in others if isinstance(ring, Ring))]
+    assert len(rings) == 5 and all(ring._rows.nbytes <= 32 << 20 for ring in rings)
     assert all(len(ring._times) >= 10 for ring in rings)
 
 
