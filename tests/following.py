@@ -18,13 +18,14 @@ import torch
 from llep.config import Mode, Settings
 from llep.messages import PROTOCOL, Directive, PlacementOrder
 from llep.moe.agreement import CLOCK_US, HEADER_SIZE, WEIGHTS, AgreedSettings, agreed_step
+from llep.moe.captured import DeviceMap, compute_captured
 from llep.moe.layer import Counts, Group, LeastLoadedMoE
 from llep.moe.replicas import PlacedLayer, Replicas, Room
 from llep.moe.workspace import Workspace
 from llep.placement import Placement
 from llep.plan import Plan, check_plan, home_segments
-from llep.planning.policy import Step, decide, needs_counts
-from tests.layers import all_weights, make_layer_on, reference, routed_tokens
+from llep.planning.policy import Step, decide, needs_counts, plans_replicas
+from tests.layers import ChosenSwiglu, all_weights, make_layer_on, reference, routed_tokens
 
 EXPERTS, LAYERS, SLOTS, ROOM = 12, 3, 2, 4
 BYTES_PER_S = 20 << 20  # about a copy per millisecond
@@ -48,12 +49,14 @@ class Told:
 
 @dataclass
 class Found:
-    """What one rank saw. live: (revision, placement, copies in place) of each step."""
+    """What one rank saw. live: (revision, placement, copies in place) of each step. captured: pairs of captured steps
+    that this rank computed, [at home, in its room]."""
 
     worst: float = 0.0
     live: list[tuple[int, int, int]] = field(default_factory=list)
     decisions: Counter[str] = field(default_factory=Counter)
     refusals: list[str] = field(default_factory=list)
+    captured: list[int] = field(default_factory=lambda: [0, 0])
 
 
 def script(seed: int, changes: int, size: int, steps_per_change: int = 6) -> list[Told]:
@@ -137,11 +140,13 @@ class Rank:
         for layer in range(LAYERS):
             moe = make_layer_on(transport, home.home_rank, SLOTS, Workspace(4096, 4096), seed=self._weights_seed(layer))
             room = room or Room.reserve(moe.experts.weights, ROOM)
-            self.replicas.add_layer(moe, home, room)
+            device_map = DeviceMap(home, moe.local_ids, transport.rank, ROOM, transport.device)
+            self.replicas.add_layer(moe, home, room, device_map)
 
     def load_weights(self) -> None:
         """Other weights, in the tensors where the old ones were."""
         self.weights += 1
+        self.replicas.home_only()
         for layer, placed in enumerate(self.replicas.layers):
             mine = [e for e, home in enumerate(placed.home.home_rank) if home == self.transport.rank]
             new = all_weights(EXPERTS, self._weights_seed(layer))
@@ -180,6 +185,7 @@ class Rank:
             headers[:, WEIGHTS].tolist(),
             may_fill=live.settings.mode is Mode.ACTIVE,
         )
+        self.replicas.map_captured(live.number, self._acts)
         step, _ = agreed_step(headers, is_replicated=self.is_replicated)
         for layer, placed in enumerate(self.replicas.layers):
             hot = [int(expert) for expert in shared.choice(EXPERTS, size=2, replace=False)]
@@ -187,6 +193,29 @@ class Rank:
             batch = routed_tokens(rng, tokens, EXPERTS, hot, float(shared.random()))
             self._run_layer(layer, placed, number, step, batch)
         self.found.live.append((live.number, self.replicas.live_number, self.replicas.filled))
+
+    def captured_step(self, number: int) -> None:
+        """One that a CUDA graph would replay: nothing is agreed on before it, and every rank has all tokens."""
+        shared = np.random.default_rng([self.seed, number, 1])
+        for layer, placed in enumerate(self.replicas.layers):
+            batch = routed_tokens(shared, int(shared.integers(1, 30)), EXPERTS, [0, 1], 0.5)
+            on_device = tuple(tensor.to(self.transport.device) for tensor in batch)
+            experts, device_map = placed.moe.experts, placed.device_map
+            assert isinstance(experts, ChosenSwiglu) and device_map is not None
+            output = compute_captured(experts, placed.room.bank, device_map, *on_device)
+            rows = device_map.rows(on_device[2])
+            for place, bank in enumerate((experts.weights, placed.room.bank)):
+                self.found.captured[place] += int((rows[place] < len(bank["down"])).sum())
+            self.transport.add_up(output, "outputs")
+            self._compare(output.cpu(), reference(*batch, EXPERTS, self._weights_seed(layer)))
+
+    def _acts(self, layer: int, placement: Placement) -> bool:
+        settings = self.agreed.live.settings
+        return settings.mode is Mode.ACTIVE and plans_replicas(settings, layer, placement)
+
+    def _compare(self, output: torch.Tensor, expected: torch.Tensor) -> None:
+        if len(expected):
+            self.found.worst = max(self.found.worst, float((output - expected).abs().max() / expected.abs().max()))
 
     def _run_layer(
         self, layer: int, placed: PlacedLayer, number: int, step: Step, batch: tuple[torch.Tensor, ...]
@@ -203,9 +232,7 @@ class Rank:
         else:
             output = moe.forward_sharded(*on_device, choose).output_TH
         expected = reference(*batch, EXPERTS, self._weights_seed(layer))
-        output = output.cpu()
-        if len(expected):
-            self.found.worst = max(self.found.worst, float((output - expected).abs().max() / expected.abs().max()))
+        self._compare(output.cpu(), expected)
 
     def _decide(self, placed: PlacedLayer, layer: int, step: Step, counts_QE: Counts, *, is_probe: bool) -> Plan:
         counts_RE = np.zeros((self.transport.size, EXPERTS), np.int64)
@@ -234,6 +261,8 @@ def follow_changes(transport: Group, changes: int, seed: int, *, is_replicated: 
             rank.offer(revision)
         if random.Random(seed * 1000 + number).random() < 0.01:
             rank.load_weights()
+        if number % 2:
+            rank.captured_step(number)
         rank.step(number)
     return rank.found
 
@@ -254,6 +283,7 @@ def assert_followed(results: list[Found]) -> None:
     assert all(found.decisions == first.decisions for found in results)
     assert {"lend", "replica"} <= first.decisions.keys()
     assert first.refusals
+    assert all(min(found.captured) > 0 for found in results), "captured steps used no replica"
     filling = [live for live in first.live if live[1] == 0 and live[2] > 0]
     assert filling and any(live[1] for live in first.live), "nothing was filled, or nothing switched on"
     assert len({live[1] for live in first.live}) > 3, "the placement hardly changed"

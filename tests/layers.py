@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -52,6 +52,19 @@ def reference(
     return output
 
 
+class ChosenSwiglu(SwigluExperts):
+    """Computes every token with every row, and leaves out in the sum what isn't chosen: nothing depends on values."""
+
+    def compute_chosen(
+        self, bank: Mapping[str, torch.Tensor], hidden_TH: torch.Tensor, gates_TK: torch.Tensor, rows_TK: torch.Tensor
+    ) -> torch.Tensor:
+        output_TH = torch.zeros_like(hidden_TH)
+        for row, (gate_up, down) in enumerate(zip(bank["gate_up"], bank["down"], strict=True)):
+            gate, up = F.linear(hidden_TH, gate_up).chunk(2, dim=-1)
+            output_TH += (gates_TK * (rows_TK == row)).sum(dim=1, keepdim=True) * F.linear(F.silu(gate) * up, down)
+        return output_TH
+
+
 def make_layer_on(
     group: Group,
     home_rank: Sequence[int],
@@ -63,7 +76,7 @@ def make_layer_on(
     """This rank's end of the layer, on the group's device."""
     num_experts = len(home_rank)
     mine = [expert for expert in range(num_experts) if home_rank[expert] == group.rank]
-    experts = SwigluExperts(*(tensor[mine].to(group.device, dtype) for tensor in all_weights(num_experts, seed)))
+    experts = ChosenSwiglu(*(tensor[mine].to(group.device, dtype) for tensor in all_weights(num_experts, seed)))
     pool = LendingPool.reserve(experts.weights, slots)
     local_ids = [sum(home_rank[other] == home_rank[expert] for other in range(expert)) for expert in range(num_experts)]
     return LeastLoadedMoE(experts, group, pool, home_rank, local_ids, workspace)

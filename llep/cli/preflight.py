@@ -17,7 +17,7 @@ import yaml
 
 from llep.config import Settings, load_settings
 from llep.errors import LlepError, SettingsError, UnsupportedConfiguration
-from llep.vllm_plugin import TESTED_VLLM
+from llep.vllm_plugin import DEALING_BACKENDS, TESTED_VLLM
 
 CONNECT_S = 2.0
 TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
@@ -40,8 +40,6 @@ _NOT_OF_SERVE = {
     "--model": "the model is given as `llep serve MODEL`; drop --model",
 }
 _HARMLESS = {"--pipeline-parallel-size": "1", "--prefill-context-parallel-size": "1"}
-# With these vLLM deals a batch's tokens out over the tensor-parallel ranks, none twice.
-DEALING_BACKENDS = ("allgather_reducescatter", "naive")
 
 
 class VllmFlags:

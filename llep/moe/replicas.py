@@ -26,13 +26,14 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from llep.errors import LlepError, UnsupportedConfiguration
 from llep.messages import PlacementOrder
+from llep.moe.captured import DeviceMap
 from llep.moe.layer import Group, LeastLoadedMoE
 from llep.moe.slots import Copy, Residents, bytes_per_expert, zeros_like_experts
 from llep.placement import Placement
@@ -94,12 +95,13 @@ NO_ROOM = Room(0, {})
 
 @dataclass(slots=True)
 class PlacedLayer:
-    """One MoE layer and where its experts are now. `home` is without replicas."""
+    """One MoE layer and where its experts are now. `home` is without replicas; device_map tells captured steps."""
 
     moe: LeastLoadedMoE
     home: Placement
     room: Room
     bytes_per_expert: int
+    device_map: DeviceMap | None = None
     placement: Placement = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,10 +127,14 @@ class Replicas:
         self._allowance = 0.0
         self._clock_s = math.inf  # before the first step no time has passed
         self._weights_R: list[int] = []
+        self._times_placed = 0
+        self._mapped: object = None
 
-    def add_layer(self, moe: LeastLoadedMoE, home: Placement, room: Room = NO_ROOM) -> PlacedLayer:
+    def add_layer(
+        self, moe: LeastLoadedMoE, home: Placement, room: Room = NO_ROOM, device_map: DeviceMap | None = None
+    ) -> PlacedLayer:
         """One more layer, the next in order; layers whose experts have one shape share a room."""
-        self.layers.append(PlacedLayer(moe, home, room, bytes_per_expert(moe.experts.weights)))
+        self.layers.append(PlacedLayer(moe, home, room, bytes_per_expert(moe.experts.weights), device_map))
         return self.layers[-1]
 
     def check(self, order: PlacementOrder, num_layers: int | None = None) -> None:
@@ -196,6 +202,25 @@ class Replicas:
             self.used_bytes = sum(self.layers[layer].bytes_per_expert for layer in mine)
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
+    def map_captured(self, rule: object, acts: Callable[[int, Placement], bool]) -> None:
+        """After `follow`: tell captured steps which replicas act now. Every rank enters it, with equal arguments.
+
+        acts(layer's place, placement): whether its replicas are to be used at all; asked again when `rule` changes.
+        """
+        if self._mapped == (rule, self._times_placed):
+            return
+        self._mapped = rule, self._times_placed
+        for place, placed in enumerate(self.layers):
+            if placed.device_map is not None:
+                placement = placed.placement if acts(place, placed.placement) else placed.home
+                placed.device_map.follow(placement, placed.moe.residents.row_of)
+
+    def home_only(self) -> None:
+        """Weights are being loaded or woken up on this rank: captured steps use no replica before the next `follow`."""
+        for placed in self.layers:
+            if placed.device_map is not None:
+                placed.device_map.home_only()
+
     def _take(self, order: PlacementOrder | None) -> None:
         self._allowance = 0.0
         wanted = set(order.replicas) if order is not None else set()
@@ -246,6 +271,7 @@ class Replicas:
 
     def _place(self) -> None:
         """Tell planners and layers what acts."""
+        self._times_placed += 1
         of_layer: dict[int, dict[tuple[int, int], int]] = {}
         for (layer, expert, rank), row in self._acting.items():
             of_layer.setdefault(layer, {})[expert, rank] = row

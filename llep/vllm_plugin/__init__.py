@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 TESTED_VLLM = ("0.32.",)
+# With these vLLM gathers the tokens of all ranks on each, in order of ranks; with both kinds of parallelism it deals a
+# batch's tokens out over the tensor-parallel ranks, none twice.
+DEALING_BACKENDS = ("allgather_reducescatter", "naive")
 
 
 def register() -> None:

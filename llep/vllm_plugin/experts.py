@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,14 @@ from llep.moe.slots import is_lendable
 _SHARED_BY_EXPERTS = ("w13_input_scale", "w2_input_scale", "e_score_correction_bias", "hash_indices_table")
 
 
+# Kernels that leave out the pairs whose expert a map says is elsewhere, under CUDA-graph capture too.
+_LEAVE_OUT = ("TritonExperts", "MarlinExperts", "OAITritonExperts", "UnfusedOAITritonExperts")
+
 # All of vLLM's workers that can sleep; the others derive from one of them.
 _WORKERS = (("vllm.v1.worker.gpu_worker", "Worker"), ("vllm.v1.worker.cpu_worker", "CPUWorker"))
 
 _num_loads = 0
+_when_loaded: list[Callable[[], None]] = []
 
 
 def count_loads() -> None:
@@ -38,6 +42,11 @@ def count_wakes() -> None:
     for module, name in _WORKERS:
         if worker := getattr(sys.modules.get(module), name, None):
             _count_calls(worker, "wake_up")
+
+
+def when_loaded(tell: Callable[[], None]) -> None:
+    """Have tell() called with every load of an expert's weights and every wake-up, before it: often, so it is quick."""
+    _when_loaded.append(tell)
 
 
 def num_loads() -> int:
@@ -55,6 +64,8 @@ def _count_calls(owner: type, name: str) -> None:
     def counted(*args: Any, **kwargs: Any) -> Any:
         global _num_loads
         _num_loads += 1
+        for tell in _when_loaded:
+            tell()
         return method(*args, **kwargs)
 
     counted.is_counted_by_llep = True  # type: ignore[attr-defined]
@@ -74,6 +85,7 @@ class VllmExperts:
         self.gate_on_input: bool = routed_experts.apply_router_weight_on_input
         self.weights: dict[str, torch.Tensor] = {}
         self._other_kernels: list[tuple[Mapping[str, torch.Tensor], mk.FusedMoEKernel]] = []
+        self._maps: dict[int, torch.Tensor] = {}  # by number of rows
         self.take_weights()
 
     def take_weights(self) -> None:
@@ -107,6 +119,11 @@ class VllmExperts:
         experts.quant_config = self._routed.quant_method.get_fused_moe_quant_config(view)
         self._other_kernels.append((bank, _local_kernel(experts)))
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether `compute_chosen` saves what it leaves out, and may be captured."""
+        return type(_fused_experts(self._routed)).__name__ in _LEAVE_OUT
+
     def compute(
         self,
         bank: Mapping[str, torch.Tensor],
@@ -116,10 +133,7 @@ class VllmExperts:
         gates_P: torch.Tensor,
     ) -> torch.Tensor:
         """gate x expert(row) of each row -> [P, H]; see llep.moe.layer.Experts."""
-        kernel = self._home_kernel
-        if bank is not self.weights:
-            kernel = next(kernel for known, kernel in self._other_kernels if known is bank)
-        output_PH: torch.Tensor = kernel.apply(
+        output_PH: torch.Tensor = self._kernel_of(bank).apply(
             hidden_states=rows_PH,
             w1=bank["w13_weight"],
             w2=bank["w2_weight"],
@@ -131,6 +145,41 @@ class VllmExperts:
             apply_router_weight_on_input=self.gate_on_input,
         )
         return output_PH
+
+    def compute_chosen(
+        self, bank: Mapping[str, torch.Tensor], hidden_TH: torch.Tensor, gates_TK: torch.Tensor, rows_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum over k of gate x expert(hidden) -> [T, H]; see llep.moe.captured.ChosenExperts."""
+        num_rows = bank["w13_weight"].shape[0]
+        expert_map = None
+        if self.leaves_out:
+            expert_map = self._map_of(num_rows, rows_TK.device)
+        else:  # left out in the sum alone
+            is_chosen_TK = rows_TK < num_rows
+            rows_TK, gates_TK = rows_TK.where(is_chosen_TK, 0), gates_TK * is_chosen_TK
+        output_TH: torch.Tensor = self._kernel_of(bank).apply(
+            hidden_states=hidden_TH,
+            w1=bank["w13_weight"],
+            w2=bank["w2_weight"],
+            topk_weights=gates_TK.to(torch.float32),
+            topk_ids=rows_TK,
+            activation=self._routed.activation,
+            global_num_experts=num_rows + (expert_map is not None),
+            expert_map=expert_map,
+            apply_router_weight_on_input=self.gate_on_input,
+        )
+        return output_TH
+
+    def _kernel_of(self, bank: Mapping[str, torch.Tensor]) -> mk.FusedMoEKernel:
+        if bank is self.weights:
+            return self._home_kernel
+        return next(kernel for known, kernel in self._other_kernels if known is bank)
+
+    def _map_of(self, num_rows: int, device: torch.device) -> torch.Tensor:
+        """Every row is where it is, and the one behind the last is elsewhere."""
+        if num_rows not in self._maps:
+            self._maps[num_rows] = torch.tensor([*range(num_rows), -1], dtype=torch.int32, device=device)
+        return self._maps[num_rows]
 
 
 def _local_kernel(experts: mk.FusedMoEExpertsModular) -> mk.FusedMoEKernel:

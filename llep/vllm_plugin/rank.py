@@ -30,6 +30,7 @@ from llep.errors import UnsupportedConfiguration
 from llep.loads import imbalance_ratio
 from llep.messages import PROTOCOL, EngineInfo, PlacementOrder, Report
 from llep.moe.agreement import CLOCK_US, HEADER_SIZE, WEIGHTS, AgreedSettings, RanksDisagree, agreed_step
+from llep.moe.captured import DeviceMap, compute_captured
 from llep.moe.layer import Counts, LayerResult, LeastLoadedMoE
 from llep.moe.replicas import NO_ROOM, PlacedLayer, Replicas, Room
 from llep.moe.slots import LendingPool, available_host_bytes, bytes_per_expert, total_host_bytes
@@ -41,12 +42,13 @@ from llep.placement import Placement, ranks_per_node
 from llep.plan import Decision, Plan
 from llep.planning import warm_up
 from llep.planning.home import plan_home
-from llep.planning.policy import Step, decide, needs_counts
+from llep.planning.policy import Step, decide, needs_counts, plans_replicas
 from llep.shapes import ModelShape
 from llep.spool import spool_dir
+from llep.vllm_plugin import DEALING_BACKENDS
 from llep.vllm_plugin.courier import AgentProcess, Courier
 from llep.vllm_plugin.dummy import is_dummy_run, mark_dummy_runs
-from llep.vllm_plugin.experts import VllmExperts, count_wakes, num_loads
+from llep.vllm_plugin.experts import VllmExperts, count_wakes, num_loads, when_loaded
 from llep.vllm_plugin.recording import Recorder
 
 logger = logging.getLogger("vllm.llep")
@@ -122,6 +124,7 @@ class Rank:
         self._transport = Transport(group.ranks, group.device, settings.watchdog_s)
         logger.info("llep: weights are lent by %s", self._transport.lends_by)
         self._replicas = Replicas(self._transport)
+        when_loaded(self._replicas.home_only)
         self._machines = self._machine_of_ranks()
         self._ranks_per_node = ranks_per_node(self._machines)
         self._cost_model = self._agreed_cost_model(settings.cost_model)
@@ -150,7 +153,10 @@ class Rank:
         home_rank, local_ids = self._home_of_experts(experts)
         moe = LeastLoadedMoE(experts, self._transport, half, home_rank, local_ids, workspace)
         home = Placement(home_rank, (pool.slots,) * self._transport.size)
-        placed = self._replicas.add_layer(moe, home, room)
+        device_map = None
+        if room.rows and is_mapped(self.config, experts):
+            device_map = DeviceMap(home, local_ids, self._transport.rank, room.rows, self._transport.device)
+        placed = self._replicas.add_layer(moe, home, room, device_map)
         layer = RankLayer(len(self.layers), _layer_number(layer_name), experts, placed)
         self.layers.append(layer)
         if len(self.layers) == self._expected_layers and self._window is None:
@@ -373,6 +379,7 @@ class Rank:
             headers[:, WEIGHTS].tolist(),
             may_fill=settings.mode is Mode.ACTIVE and self._is_trusted,
         )
+        self._map_captured()
         step, is_real = agreed_step(headers, is_replicated=self.is_replicated)
         # Until the first real step ranks may compile kernels for minutes, each at its own pace.
         self._transport.watchdog_s = settings.watchdog_s if any(self._steps.values()) else 1800.0
@@ -380,6 +387,33 @@ class Rank:
             self._steps[step.phase] += 1
         rows = num_tokens if real_tokens is None and not is_real else real_tokens or 0
         return RankStep(step, settings, rows, is_real)
+
+    def _map_captured(self) -> None:
+        """Have captured steps use the replicas that act under the live settings. Every rank enters it."""
+        settings = self.agreed.live.settings
+
+        def acts(place: int, placement: Placement) -> bool:
+            is_active = self._is_trusted and settings.mode is Mode.ACTIVE
+            return is_active and plans_replicas(settings, self.layers[place].number, placement)
+
+        self._replicas.map_captured((self.agreed.live.number, self._is_trusted), acts)
+
+    def run_captured(
+        self, layer: RankLayer, hidden_TH: torch.Tensor, gates_TK: torch.Tensor, ids_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """The routed experts' output [T, H] as in run_layer, without the host: what a CUDA graph replays. Tokens and
+        outputs are exchanged by vLLM. Every rank enters it."""
+        placed, is_dealt_out = layer.placed, self.config.parallel_config.use_sequence_parallel_moe
+        assert placed.device_map is not None
+        if not self.is_replicated:
+            hidden_TH, gates_TK, ids_TK = get_ep_group().dispatch(hidden_TH, gates_TK, ids_TK, is_dealt_out)
+        output_TH = compute_captured(
+            layer.experts, placed.room.bank, placed.device_map, hidden_TH, gates_TK, ids_TK.to(torch.int32)
+        )
+        if self.is_replicated:
+            return output_TH
+        combined_TH: torch.Tensor = get_ep_group().combine(output_TH, is_dealt_out)
+        return combined_TH
 
     def run_layer(
         self,
@@ -430,6 +464,7 @@ class Rank:
         if found.is_equal:
             return result
         self._is_trusted = False
+        self._map_captured()
         if self._window is not None:
             self._window.record_error("verify", "output_differs")
         logger.error(
@@ -567,6 +602,13 @@ class Rank:
             return torch.cuda.mem_get_info(self._transport.device)
         sharing = self._machines.count(self._machines[self._transport.rank])
         return (available_host_bytes() or 0) // sharing, (total_host_bytes() or 0) // sharing
+
+
+def is_mapped(config: VllmConfig, experts: VllmExperts) -> bool:
+    """Whether replicas of this layer act in captured steps too."""
+    parallel = config.parallel_config
+    hears_all = parallel.data_parallel_size == 1 or parallel.all2all_backend in DEALING_BACKENDS
+    return not config.model_config.enforce_eager and hears_all and experts.leaves_out
 
 
 def _shape_of(weights: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:

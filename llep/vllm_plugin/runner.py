@@ -7,13 +7,14 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
-from vllm.forward_context import get_forward_context
+from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
@@ -24,9 +25,11 @@ from llep.config import Mode
 from llep.errors import LlepError, UnsupportedConfiguration
 from llep.planning.policy import plans_replicas
 from llep.vllm_plugin.experts import count_loads
-from llep.vllm_plugin.rank import Rank, RankLayer, RankStep
+from llep.vllm_plugin.rank import Rank, RankLayer
 
 logger = logging.getLogger("vllm.llep")
+
+Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # hidden, gates, expert ids -> output
 
 # What LeastLoadedMoERunner overrides, as vLLM defines it: a vLLM that changed it is refused, not guessed at.
 _EXPECTED_PARAMETERS = {
@@ -64,15 +67,15 @@ class _WeightsReady(QuantizeMethodBase):  # type: ignore[misc]
 class LeastLoadedMoERunner(MoERunner):  # type: ignore[misc]
     """Routes as vLLM does, then computes the routed experts under llep's plan instead of plain EP.
 
-    Without expert parallelism, under CUDA-graph capture, in mode off and for small batches where vLLM's own expert
-    parallelism works, everything is left to vLLM.
+    Without expert parallelism, in mode off and for small batches where vLLM's own expert parallelism works, everything
+    is left to vLLM; under CUDA-graph capture too, but for layers that have room for replicas.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._rank: Rank | None = None
         self._layer: RankLayer | None = None
-        self._step: RankStep | None = None
+        self._compute: Compute | None = None  # this step's way to compute the layer; None leaves it to vLLM
         if self.moe_config.ep_size > 1:
             with telling_refusals():
                 self._rank = _join(get_current_vllm_config(), self)
@@ -106,36 +109,38 @@ class LeastLoadedMoERunner(MoERunner):  # type: ignore[misc]
         shared_experts_input: torch.Tensor | None,
         input_ids: torch.Tensor | None = None,
     ) -> Any:
-        self._step = self._begin_step(len(hidden_states))
+        self._compute = self._begin_layer(len(hidden_states))
         return super()._forward_impl(hidden_states, router_logits, shared_experts_input, input_ids)
 
-    def _begin_step(self, num_tokens: int) -> RankStep | None:
-        """The step, if llep computes this layer in it; None leaves the layer to vLLM. The same on all ranks."""
+    def _begin_layer(self, num_tokens: int) -> Compute | None:
+        """How llep computes this layer in this step; None leaves the layer to vLLM. The same on all ranks."""
         if self._layer is None:
             return None
         assert self._rank is not None
         context = get_forward_context()
-        if context.cudagraph_runtime_mode != CUDAGraphMode.NONE:
-            return None
+        if is_captured(context):
+            has_map = self._layer.placed.device_map is not None
+            return partial(self._rank.run_captured, self._layer) if has_map else None
         step = self._rank.begin_layer(self._layer, context, num_tokens)
+        compute = partial(self._rank.run_layer, self._layer, step)
         if current_platform.is_cpu():
-            return step  # vLLM has no working expert parallelism of its own on CPU
+            return compute  # vLLM has no working expert parallelism of its own on CPU
         settings, layer = step.settings, self._layer
         is_small = step.step.tokens < settings.min_batch_tokens
         is_left_alone = settings.mode is Mode.OFF or (
             is_small and not plans_replicas(settings, layer.number, layer.placement)
         )
-        return None if is_left_alone else step
+        return None if is_left_alone else compute
 
     def _maybe_dispatch(
         self, hidden_states: torch.Tensor, router_logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._step is None:
+        if self._compute is None:
             return super()._maybe_dispatch(hidden_states, router_logits)  # type: ignore[no-any-return]
         return hidden_states, router_logits
 
     def _maybe_combine(self, shared_output: torch.Tensor | None, hidden_states: Any) -> Any:
-        if self._step is None:
+        if self._compute is None:
             return super()._maybe_combine(shared_output, hidden_states)
         return hidden_states if shared_output is None else (shared_output, hidden_states)
 
@@ -147,11 +152,10 @@ class LeastLoadedMoERunner(MoERunner):  # type: ignore[misc]
         input_ids: torch.Tensor | None = None,
         shared_experts_overlapping: bool = False,
     ) -> tuple[torch.Tensor | None, Any]:
-        if self._step is None:
+        if self._compute is None:
             return super()._apply_quant_method(  # type: ignore[no-any-return]
                 hidden_states, router_logits, shared_experts_input, input_ids, shared_experts_overlapping
             )
-        assert self._rank is not None and self._layer is not None
         self._maybe_apply_shared_experts(shared_experts_input, SharedExpertsOrder.NO_OVERLAP)
         gates_TK, ids_TK = self.router.select_experts(
             hidden_states=hidden_states,
@@ -159,12 +163,17 @@ class LeastLoadedMoERunner(MoERunner):  # type: ignore[misc]
             topk_indices_dtype=self._quant_method.topk_indices_dtype,
             input_ids=input_ids,
         )
-        routed_TH = self._rank.run_layer(self._layer, self._step, hidden_states, gates_TK, ids_TK)
+        routed_TH = self._compute(hidden_states, gates_TK, ids_TK)
         if self._shared_experts is None:
             return None, routed_TH
         if shared_experts_overlapping:
             self._shared_experts.wait()
         return self._shared_experts.output, routed_TH
+
+
+def is_captured(context: ForwardContext) -> bool:
+    """Whether what runs now is put into a CUDA graph, to be replayed without any of this."""
+    return bool(context.cudagraph_runtime_mode != CUDAGraphMode.NONE)
 
 
 @contextmanager

@@ -22,6 +22,8 @@ import httpx
 
 START_TIMEOUT_S = 420.0
 VOCABULARY = 2048  # of the tiny models, of which prompts are made
+LENGTHS = (1, 40, 700, 300)  # of prompts. One token looks like decode: the first step after a change may be captured
+MAX_TOKENS = 12
 ONE_RANK = ("--enforce-eager",)
 TP_EP = ("--tensor-parallel-size", "2", "--enable-expert-parallel")
 DP_EP = ("--data-parallel-size", "2", "--enable-expert-parallel")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,8 @@ pytestmark = pytest.mark.vllm
 TOP_K = 4
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("replicas")
+def told(folder: Path, *options: str) -> dict[str, Any]:
+    """What tests.vllm.replicas found, and its log."""
     # Not gpt-oss: vLLM 0.32's reload leaves its experts' weights as they were.
     model, other = (
         write_tiny_model("qwen3", folder / name, hot=tuple(range(8)), hot_share=0.93, vocab=VOCABULARY, seed=seed)
@@ -37,7 +37,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     with (folder / "log").open("w") as log:
         done = subprocess.run(
-            [sys.executable, "-m", "tests.vllm.replicas", str(model.directory), str(other.directory)],
+            [sys.executable, "-m", "tests.vllm.replicas", str(model.directory), str(other.directory), *options],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -51,10 +51,17 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return phases
 
 
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return told(tmp_path_factory.mktemp("replicas"))
+
+
 def test_the_same_tokens_whatever_is_resident(found: dict[str, Any]) -> None:
     """Until the weights are another model's; from then on those of that model."""
     phases = list(found)
-    assert phases == ["home", "placed", "refused", "lending too", "reloaded", "woken up", "rolled back"]
+    assert phases == [
+        *("home", "placed", "refused", "lending too", "reloaded", "woken up", "rolled back", "as at first"),
+    ]
     for phase in phases[:4]:
         assert found[phase]["said"] == found["home"]["said"], phase
     for phase in phases[4:]:
