@@ -1,13 +1,14 @@
 """Random faults under load on a real Ray: nothing acknowledged is lost, engines go on, all is seen again.
 
-Engines step and report without end, while settings are changed over and over: random loads instead of a model, but
-settings agreed and reported as in vLLM's workers, by their courier, which starts the agent. Faults: kill -9 of the
-actor, an agent, the control plane's bridge, an engine's workers, Ray's control store (GCS), its raylet; reports that
-fail in the worker; the disk full for the state file. After each: every engine goes on stepping, and within RECOVERY_S
-of the repair all are live again and run the newest change that was acknowledged (or one that was asked for later, and
-not refused). One JSON line.
+A real vLLM on two ranks is asked without end, and every reply must come and be what the first one was. Beside it
+engines step and report while settings are changed over and over: random loads instead of a model, but settings agreed
+and reported as in vLLM's workers, by their courier, which starts the agent. Faults: kill -9 of the actor, an agent
+(vLLM's too), the control plane's bridge, an engine's workers, Ray's control store (GCS), its raylet; reports that fail
+in the worker; the disk full for the state file. After each: every engine goes on stepping, and within RECOVERY_S of the
+repair all are live again and run the newest change that was acknowledged (or one that was asked for later, and not
+refused). One JSON line.
 
-    python -m bench.scheduler.faults [--faults 200] [--append]
+    python -m bench.scheduler.faults [--faults 200] [--without-vllm] [--append]
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ import statistics
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from bench.record import add_record
 from bench.scheduler.running import ray_head
+from bench.scheduler.served import Served
 from llep.errors import LlepError, StoreUnavailable
 from tests.scheduler.conftest import RayHead, RunningEngine, wait_for
 from tests.scheduler.test_on_ray import Control
 
 ENGINES = 3
+FIRST_VALUE = 100  # of watchdog_s, which is what is changed: that many seconds no rank keeps another waiting
 RECOVERY_S = 30.0
 FAULTS = ("actor", "actor", "agent", "agent", "bridge", "workers", "reports", "disk", "gcs", "raylet")
 
@@ -39,8 +42,10 @@ FAULTS = ("actor", "actor", "agent", "agent", "bridge", "workers", "reports", "d
 class Campaign:
     """Engines, a control plane's client, and what was asked of the settings."""
 
-    def __init__(self, head: RayHead, seed: int, recovery_limit_s: float = RECOVERY_S) -> None:
-        self._head, self._rng, self._limit_s = head, random.Random(seed), recovery_limit_s
+    def __init__(
+        self, head: RayHead, seed: int, recovery_limit_s: float = RECOVERY_S, served: Served | None = None
+    ) -> None:
+        self._head, self._rng, self._limit_s, self._served = head, random.Random(seed), recovery_limit_s, served
         self._engines = [
             RunningEngine(f"engine-{number}", head.folder, {"report_interval_s": 0.2}, has_own_agent=True)
             for number in range(ENGINES)
@@ -48,7 +53,7 @@ class Campaign:
         self._control = Control()
         self._acknowledged = 0  # the newest value that a change was acknowledged with
         self._asked: set[int] = set()  # later ones, of which nobody knows
-        self._value = 10
+        self._value = FIRST_VALUE
         self.changes = self.unknown = 0
         self.seen: Counter[str] = Counter()
         self.recovery_s: list[tuple[str, float]] = []
@@ -71,6 +76,8 @@ class Campaign:
             repaired_s = getattr(self, f"_{fault}")()
             for engine in self._engines:
                 assert engine.goes_on(), f"{engine.name} stands still after {fault}"
+            if self._served is not None:
+                assert not self._served.failures, f"requests failed after {fault}: {self._served.failures}"
             wait_for(self._is_well, self._limit_s + max(repaired_s - time.monotonic(), 0.0))
             self.recovery_s.append((fault, time.monotonic() - repaired_s))
             print(f"{len(self.recovery_s)} {fault}: seen again after {self.recovery_s[-1][1]:.1f} s", file=sys.stderr)
@@ -78,7 +85,7 @@ class Campaign:
 
     def _change(self) -> None:
         """Ask for one more change; it may be lost only if it is not acknowledged."""
-        self._value = 10 + (self._value - 9) % 3000
+        self._value = FIRST_VALUE + (self._value + 1 - FIRST_VALUE) % 3000
         self._asked.add(self._value)
         try:
             self._control.call("patch_settings", {"watchdog_s": self._value}, "campaign", wait_s=0.5)
@@ -98,8 +105,12 @@ class Campaign:
         return time.monotonic()
 
     def _agent(self) -> float:
-        for pid in self._rng.choice(self._engines).own_agents():
-            os.kill(pid, signal.SIGKILL)
+        engine = self._rng.choice([*self._engines, self._served])
+        if isinstance(engine, RunningEngine):
+            for pid in engine.own_agents():
+                os.kill(pid, signal.SIGKILL)
+        elif engine is not None:
+            engine.kill_agent()
         self._change()
         return time.monotonic()
 
@@ -150,14 +161,18 @@ class Campaign:
         self._head.start()
         return time.monotonic()
 
+    @property
+    def _names(self) -> list[str]:
+        return [engine.name for engine in self._engines] + ([self._served.name] if self._served is not None else [])
+
     def _all_live(self) -> bool:
-        return all(self._control.live_view(engine.name) for engine in self._engines)
+        return all(self._control.live_view(name) for name in self._names)
 
     def _is_well(self) -> bool:
         """All live, and all run what holds: nothing that was acknowledged is lost."""
         if not self._control.answers() or not self._all_live():
             return False
-        assert len(self._control.call("engines")) == len(self._engines), "an engine that is none"
+        assert len(self._control.call("engines")) == len(self._names), "an engine that is none"
         running = {int(engine.status()["settings"]["watchdog_s"]) for engine in self._engines}
         if len(running) != 1:
             return False
@@ -179,10 +194,11 @@ def _processes(name: str, group: int) -> list[int]:
     return found
 
 
-def soak(faults: int, seed: int, recovery_limit_s: float) -> dict[str, Any]:
+def soak(faults: int, seed: int, recovery_limit_s: float, with_vllm: bool) -> dict[str, Any]:
     started_s = time.monotonic()
-    with ray_head() as head:
-        campaign = Campaign(head, seed, recovery_limit_s)
+    with ray_head() as head, ExitStack() as stack:
+        served = stack.enter_context(Served(head.folder)) if with_vllm else None
+        campaign = Campaign(head, seed, recovery_limit_s, served)
         try:
             campaign.start()
             campaign.run(faults)
@@ -198,6 +214,9 @@ def soak(faults: int, seed: int, recovery_limit_s: float) -> dict[str, Any]:
         "changes_acknowledged": campaign.changes,
         "changes_unknown": campaign.unknown,
         "changes_lost": 0,
+        "requests": served.replies if served is not None else 0,
+        "requests_failed": 0,
+        "request_s_max": round(served.longest_s, 2) if served is not None else None,
         "engines_stopped": 0,
         "recovery_s_median": round(statistics.median(recovery_s), 2),
         "recovery_s_max": round(max(recovery_s), 2),
@@ -214,9 +233,11 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recovery-s", type=float, default=RECOVERY_S, help="more on a machine that is busy otherwise")
+    parser.add_argument("--without-vllm", action="store_true", help="ask no model")
     parser.add_argument("--append", action="store_true", help="keep the line in bench/results/scheduler.jsonl")
     arguments = parser.parse_args()
-    add_record("scheduler", soak(arguments.faults, arguments.seed, arguments.recovery_s), append=arguments.append)
+    found = soak(arguments.faults, arguments.seed, arguments.recovery_s, not arguments.without_vllm)
+    add_record("scheduler", found, append=arguments.append)
 
 
 if __name__ == "__main__":
