@@ -20,7 +20,8 @@ LIVE = (
     *("llep status", "llep top", "llep loads", "llep settings", "llep mode", "llep record", "llep report traffic.tar"),
     *("llep tune traffic.tar", "llep advice", "llep placement", "llep demo load", "curl"),
 )
-# Run as such, or with other arguments, by these tests:
+# Run as such, or with other arguments, by these tests: a small model for a large one, two CPU ranks for eight GPUs;
+# kubectl without a cluster, where what it would make is compared with what the manifests want.
 BY_OTHERS = {
     "make serve": "tests/e2e/test_serve.py",
     "make test": ".ci/run",
@@ -30,14 +31,14 @@ BY_OTHERS = {
     "llep control-plane": "tests/server/test_process.py",
     "llep doctor": "tests/unit/test_cli_doctor.py",
     "llep model train": "tests/unit/test_training.py",
-    "ray start": "tests/scheduler/test_on_ray.py",
+    "llep serve openai/gpt-oss-120b": "tests/e2e/test_serve.py",
+    "ray start": "tests/ops/test_clusters_as_documented.py",
+    "vllm serve": "tests/ops/test_clusters_as_documented.py",
+    "kubectl": "tests/ops/test_kubectl_as_documented.py",
     "python -m bench.natural.compare": "tests/unit/test_natural_traces.py",
 }
 # docs/support.md lists these, with the reasons.
 NOT_RUN = {
-    "llep serve openai/gpt-oss-120b": "wants GPUs; `llep serve` on CPUs is tested",
-    "vllm serve": "wants GPUs; the plugin in vLLM on CPUs is tested",
-    "kubectl": "wants a cluster; the manifests are rendered and checked against Kubernetes' schemas",
     "docker compose": "wants Docker; `compose.yaml` is checked against its specification",
     'pip install "llep[vllm]"': "wants a release on an index; `make serve` installs the same from the tree",
 }

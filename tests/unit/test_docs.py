@@ -19,6 +19,7 @@ from llep.cli.doctor import TRIED_MODELS
 from llep.cli.preflight import CONFLICTS
 from llep.config import NOT_SETTINGS, Settings, parse_assignments
 from llep.vllm_plugin import TESTED_VLLM
+from tests import supported
 from tests.documented import ALONE, BY_OTHERS, LIVE, NOT_RUN, PAGES, ROOT, begins, blocks, typed
 from tests.unit.commands import run_llep
 
@@ -90,8 +91,8 @@ def test_what_is_not_run_is_said() -> None:
     text = (ROOT / "docs" / "support.md").read_text()
     assert dict(re.findall(r"^\| `([^`]+)` ... \| (.*) \|$", text, re.MULTILINE)) == NOT_RUN
     for program, test in BY_OTHERS.items():
-        words = program.partition(" ")[2].replace("-m ", "")
-        assert words.split()[0] in (ROOT / test).read_text(), f"{test} does not run {program}"
+        word = next(word for word in [*program.split()[1:], program] if word != "-m")
+        assert word in (ROOT / test).read_text(), f"{test} does not run {program}"
 
 
 def test_what_stands_alone_runs(tmp_path: Path) -> None:
@@ -139,6 +140,11 @@ def test_the_support_table_is_what_the_code_refuses_and_tries() -> None:
     assert all(version.rstrip(".") in text for version in TESTED_VLLM)
     kinds = (ROOT / "tests" / "vllm").glob("test_*.py")
     assert any("gpt-oss" in kind.read_text() or "GPT_OSS" in kind.read_text() for kind in kinds)
+
+
+def test_the_support_table_is_made_from_tests() -> None:
+    assert not supported.missing(), "tests/supported.py names tests that are not there"
+    assert supported.in_page() == supported.table(), "write it anew: python -m tests.supported"
 
 
 def test_the_picture_of_the_thresholds_is_there() -> None:
