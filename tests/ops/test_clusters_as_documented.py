@@ -31,10 +31,7 @@ REPO = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 START_S, FOLLOW_S = 420.0, 60.0
 KEY = secrets.token_hex(16)
-SMALL_RAY = (
-    "--node-ip-address=127.0.0.1 --num-cpus=1 --object-store-memory=80000000 --include-dashboard=false "
-    "--disable-usage-stats"
-)
+SMALL_RAY = "--node-ip-address=127.0.0.1 --num-cpus=1 --object-store-memory=80000000 --disable-usage-stats"
 ON_CPUS = (
     "--dtype float32 --enforce-eager --max-model-len 2048 --max-num-batched-tokens 2048 --max-num-seqs 8 "
     "--host 127.0.0.1"
@@ -69,11 +66,13 @@ class Cluster:
         self.folder = folder
         self.ray_port, control_plane_port, api_port = free_port(), free_port(), free_port()
         self.control_plane, self.api = (f"http://127.0.0.1:{port}" for port in (control_plane_port, api_port))
+        self._on_cpus = f" --port {api_port} --served-model-name model {ON_CPUS}"
+        self._going_on: list[subprocess.Popen[bytes]] = []
+        small_head = f"{SMALL_RAY} --include-dashboard=false --temp-dir={folder}/ray"
         self._flags = {
-            "ray start --head": f"ray start --head {SMALL_RAY} --temp-dir={folder}/ray --port={self.ray_port}",
+            "ray start --head": f"ray start --head {small_head} --port={self.ray_port}",
             "ray start --address": f"ray start {SMALL_RAY} --address",
             "llep control-plane": f"llep control-plane --port {control_plane_port}",
-            "vllm serve": f"vllm serve --port {api_port} --served-model-name model {ON_CPUS}",
             " --port=6379": "",
             "6379": str(self.ray_port),
             "HEAD:": "127.0.0.1:",
@@ -104,6 +103,8 @@ class Cluster:
         for _ in range(3):  # some start others while they are being ended
             kill_all(self._family.alive())
             time.sleep(0.1)
+        for process in self._going_on:
+            process.wait(10)
 
     def type(self, line: str) -> None:
         """As a person does: what does not come back goes on in the background."""
@@ -114,7 +115,8 @@ class Cluster:
                 line = line.replace(name, str(model))
         for given, here in self._flags.items():
             line = line.replace(given, here)
-        goes_on = "llep control-plane" in line or "vllm serve" in line
+        if "vllm serve" in line:
+            line += self._on_cpus
         with (self.folder / "out.log").open("ab") as log:
             process = subprocess.Popen(
                 ["bash", "-c", line],
@@ -126,7 +128,9 @@ class Cluster:
                 start_new_session=True,
             )
         self._family.alive()
-        if not goes_on:
+        if "llep control-plane" in line or "vllm serve" in line:
+            self._going_on.append(process)
+        else:
             assert process.wait(120) == 0, f"{line}\n{self.said()}"
 
     def wait_for(self, what: Callable[[], Any], within_s: float) -> Any:
@@ -137,7 +141,8 @@ class Cluster:
                     return found
             except (httpx.HTTPError, KeyError, ValueError):
                 pass
-            assert time.monotonic() < deadline_s, self.said()
+            ended = [process.args for process in self._going_on if process.poll() is not None]
+            assert not ended and time.monotonic() < deadline_s, f"ended: {ended}\n{self.said()}"
             time.sleep(0.5)
 
     def get(self, path: str) -> Any:
