@@ -228,6 +228,12 @@ def check_packages() -> None:
 _EXTRAS = {"scheduler": ("ray", "zmq"), "server": ("fastapi", "uvicorn", "prometheus_client")}
 
 
+def vllm_group_nice() -> int:
+    """For vLLM's whole session. On a CPU its ranks spin on the cores that the scheduler and the control plane need now
+    and then, who starved."""
+    return 10 if is_cpu_build() else 0
+
+
 def is_cpu_build() -> bool:
     """Whether the installed vLLM is the CPU build."""
     try:

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llep.cli.preflight import VllmFlags, free_ports, is_cpu_build
+from llep.cli.preflight import VllmFlags, free_ports, is_cpu_build, vllm_group_nice
 from llep.cli.supervise import Child
 from llep.errors import UnsupportedConfiguration
 
 RAY_OBJECT_STORE_BYTES = 80 * 1024**2  # Ray's least; nothing is kept there
-VLLM_GROUP_NICE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +138,7 @@ def _plan_vllm(place: Place, flags: VllmFlags, environment: Mapping[str, str]) -
         defaults |= _cpu_environment(flags)
     if Path(place.model).is_dir():
         defaults["HF_HUB_OFFLINE"] = "1"
-    # On a CPU the ranks spin on the cores that the scheduler and the control plane need now and then: they starved.
-    group_nice = VLLM_GROUP_NICE if is_cpu_build() else 0
-    return Child("vLLM", command, {**defaults, **environment}, None, stop_s=20.0, group_nice=group_nice)
+    return Child("vLLM", command, {**defaults, **environment}, None, stop_s=20.0, group_nice=vllm_group_nice())
 
 
 # Usage statistics would leave the machine; the log monitor and the like are of no use to one actor.

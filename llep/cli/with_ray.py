@@ -18,6 +18,7 @@ from typing import Annotated
 
 import typer
 
+from llep.cli.preflight import vllm_group_nice
 from llep.cli.supervise import Child, StopRequested, StopSignals
 from llep.errors import LlepError, UnsupportedConfiguration
 from llep.scheduler.client import SCHEDULER_RESOURCE, check_address
@@ -69,7 +70,8 @@ def with_ray(
     try:
         environment = _environment(role, ip, port, os.environ)
         ray = Child("Ray", ray_command(role, ip, port, environment, folder), environment, None)
-        command = Child("the command", context.args, environment, None, stop_s=30.0)
+        group_nice = vllm_group_nice() if role is Role.NODE else 0
+        command = Child("the command", context.args, environment, None, stop_s=30.0, group_nice=group_nice)
         status = _run(ray, command, _token_file(role, environment))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
