@@ -39,7 +39,7 @@ BY_OTHERS = {
 }
 # docs/support.md lists these, with the reasons.
 NOT_RUN = {
-    "docker compose": "wants Docker; `compose.yaml` is checked against its specification, and was run by podman by hand",
+    "docker compose": "wants Docker; `compose.yaml` is checked against its specification; run by podman by hand",
     'pip install "llep[vllm]"': "wants a release on an index; `make serve` installs the same from the tree",
 }
 
