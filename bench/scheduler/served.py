@@ -43,7 +43,9 @@ class Served:
         ours = {key: value for key, value in os.environ.items() if key.startswith("LLEP_")}
         env = {**ours, **SETTINGS, "LLEP_ENGINE": self.name}
         flags = (*TP_EP, "--enforce-eager")
-        self._engine = self._stack.enter_context(serving(model, *flags, log=self._folder / "served.log", env=env))
+        self._engine = self._stack.enter_context(
+            serving(model, *flags, log=self._folder / "served.log", env=env, yields=True)
+        )
         rng = random.Random(0)
         self._prompts = [[rng.randrange(VOCABULARY) for _ in range(PROMPT_TOKENS)] for _ in range(PROMPTS)]
         self._expected = [self._engine.greedy(prompt) for prompt in self._prompts]

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -77,8 +77,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(model: Path, *flags: str, log: Path, env: Mapping[str, str | None] | None = None) -> Iterator[Engine]:
-    """Serve `model` until the block ends, then end every process that was started. None in `env` unsets a variable."""
+def serving(
+    model: Path, *flags: str, log: Path, env: Mapping[str, str | None] | None = None, yields: bool = False
+) -> Iterator[Engine]:
+    """Serve `model` until the block ends, then end every process that was started. None in `env` unsets a variable.
+
+    yields: to whatever else wants the cores, as under `llep serve`.
+    """
     port = free_port()
     ranks = math.prod(int(size) for flag, size in pairwise(flags) if flag.endswith("-parallel-size"))
     environment = {
@@ -100,6 +105,9 @@ def serving(model: Path, *flags: str, log: Path, env: Mapping[str, str | None] |
         process = subprocess.Popen(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
+    if yields:
+        with suppress(OSError):
+            Path(f"/proc/{process.pid}/autogroup").write_text("10")
     try:
         yield Engine(_when_ready(f"http://127.0.0.1:{port}", process, log), log)
     finally:
