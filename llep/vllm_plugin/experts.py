@@ -85,13 +85,14 @@ class VllmExperts:
         self.gate_on_input: bool = routed_experts.apply_router_weight_on_input
         self.weights: dict[str, torch.Tensor] = {}
         self._other_kernels: list[tuple[Mapping[str, torch.Tensor], mk.FusedMoEKernel]] = []
-        self._maps: dict[int, torch.Tensor] = {}  # by number of rows
+        self._maps: dict[int, torch.Tensor] = {}  # of compute_chosen, by number of rows
         self.take_weights()
 
     def take_weights(self) -> None:
         """Look at the layer's weights, which vLLM has just loaded, or loaded again into other tensors."""
         self.weights.update(_lendable(self._routed))
         self._home_kernel = _local_kernel(_fused_experts(self._routed))
+        self._prepare_map(self.weights)
         self._parameters = [dict(self._routed.named_parameters(recurse=False))[name] for name in self.weights]
 
     @property
@@ -118,6 +119,7 @@ class VllmExperts:
         experts = copy.copy(_fused_experts(self._routed))
         experts.quant_config = self._routed.quant_method.get_fused_moe_quant_config(view)
         self._other_kernels.append((bank, _local_kernel(experts)))
+        self._prepare_map(bank)
 
     @property
     def leaves_out(self) -> bool:
@@ -153,7 +155,7 @@ class VllmExperts:
         num_rows = bank["w13_weight"].shape[0]
         expert_map = None
         if self.leaves_out:
-            expert_map = self._map_of(num_rows, rows_TK.device)
+            expert_map = self._maps[num_rows]
         else:  # left out in the sum alone
             is_chosen_TK = rows_TK < num_rows
             rows_TK, gates_TK = rows_TK.where(is_chosen_TK, 0), gates_TK * is_chosen_TK
@@ -175,11 +177,11 @@ class VllmExperts:
             return self._home_kernel
         return next(kernel for known, kernel in self._other_kernels if known is bank)
 
-    def _map_of(self, num_rows: int, device: torch.device) -> torch.Tensor:
-        """Every row is where it is, and the one behind the last is elsewhere."""
-        if num_rows not in self._maps:
-            self._maps[num_rows] = torch.tensor([*range(num_rows), -1], dtype=torch.int32, device=device)
-        return self._maps[num_rows]
+    def _prepare_map(self, bank: Mapping[str, torch.Tensor]) -> None:
+        """Every row is where it is, the one behind the last elsewhere. Made ahead: no capture copies from the host."""
+        weights = bank["w13_weight"]
+        places = torch.tensor([*range(len(weights)), -1], dtype=torch.int32, device=weights.device)
+        self._maps.setdefault(len(weights), places)
 
 
 def _local_kernel(experts: mk.FusedMoEExpertsModular) -> mk.FusedMoEKernel:

@@ -118,10 +118,12 @@ class LeastLoadedMoERunner(MoERunner):  # type: ignore[misc]
             return None
         assert self._rank is not None
         context = get_forward_context()
+        may_be_captured = self._layer.placed.device_map is not None
         if is_captured(context):
-            has_map = self._layer.placed.device_map is not None
-            return partial(self._rank.run_captured, self._layer) if has_map else None
+            return partial(self._rank.run_captured, self._layer) if may_be_captured else None
         step = self._rank.begin_layer(self._layer, context, num_tokens)
+        if may_be_captured and not step.is_real:  # vLLM makes up a step of each size before it captures one
+            return partial(self._rank.rehearse_layer, self._layer, step)
         compute = partial(self._rank.run_layer, self._layer, step)
         if current_platform.is_cpu():
             return compute  # vLLM has no working expert parallelism of its own on CPU
