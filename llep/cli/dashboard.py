@@ -171,6 +171,7 @@ def _scrape(job: str, url: str) -> dict[str, Any]:
 
 PAGE = """<!doctype html>
 <title>llep overview</title>
+<link rel="icon" href="data:,">
 <style>body { margin: 8px auto; max-width: 1280px; font: 14px sans-serif; background: #f4f5f5 }</style>
 <p>The panels of Grafana's dashboard <b>llep overview</b>, drawn anew every 5 seconds. Point at one to read what
 good and bad look like. <span id=state></span></p>
