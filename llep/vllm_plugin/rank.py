@@ -415,18 +415,11 @@ class Rank:
         combined_TH: torch.Tensor = get_ep_group().combine(output_TH, is_dealt_out)
         return combined_TH
 
-    def rehearse_layer(
-        self,
-        layer: RankLayer,
-        step: RankStep,
-        hidden_TH: torch.Tensor,
-        gates_TK: torch.Tensor,
-        ids_TK: torch.Tensor,
-    ) -> torch.Tensor:
+    def rehearse_layer(self, layer: RankLayer, step: RankStep, *batch: torch.Tensor) -> torch.Tensor:
         """run_layer in a step that is made up on all ranks. What may be captured later runs first, so that its kernels
         are compiled and its memory is seen. Every rank enters it."""
-        self.run_captured(layer, hidden_TH, gates_TK, ids_TK)
-        return self.run_layer(layer, step, hidden_TH, gates_TK, ids_TK)
+        self.run_captured(layer, *batch)
+        return self.run_layer(layer, step, *batch)
 
     def run_layer(
         self,
