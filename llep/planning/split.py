@@ -138,12 +138,13 @@ class Split:
         spare = [(load - level, rank) for rank, load in enumerate(self.rank_loads) if left[rank] > 0 and load < level]
         heapq.heapify(spare)
         new: list[tuple[int, int]] = []
-        for source in sorted(range(len(left)), key=lambda rank: -self.rank_loads[rank]):
+        for source in sorted(range(len(left)), key=self.rank_loads.__getitem__, reverse=True):
             excess = self.rank_loads[source] - level
             if excess <= 0:
                 break
-            for expert in sorted(self._experts_of[source], key=lambda expert: -self._carried(expert, source)):
-                movable, holders = self._carried(expert, source), set(dict(self.shares(expert)))
+            carried = {expert: self._carried(expert, source) for expert in self._experts_of[source]}
+            for expert in sorted(carried, key=carried.__getitem__, reverse=True):
+                movable, holders = carried[expert], set(self._shares.get(expert, (self._home[expert],)))
                 passed = []  # ranks that hold the expert already
                 while excess > 0 and movable > 0:
                     while spare and spare[0][1] in holders:
