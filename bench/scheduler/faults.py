@@ -50,6 +50,7 @@ class Campaign:
             RunningEngine(f"engine-{number}", head.folder, {"report_interval_s": 0.2}, has_own_agent=True)
             for number in range(ENGINES)
         ]
+        self._reporting = [*self._engines, *([served] if served is not None else [])]
         self._control = Control()
         self._acknowledged = 0  # the newest value that a change was acknowledged with
         self._asked: set[int] = set()  # later ones, of which nobody knows
@@ -76,9 +77,9 @@ class Campaign:
             repaired_s = getattr(self, f"_{fault}")()
             for engine in self._engines:
                 assert engine.goes_on(), f"{engine.name} stands still after {fault}"
-            if self._served is not None:
-                assert not self._served.failures, f"requests failed after {fault}: {self._served.failures}"
             wait_for(self._is_well, self._limit_s + max(repaired_s - time.monotonic(), 0.0))
+            if self._served is not None:
+                assert not self._served.traffic.failures, f"requests failed: {fault}, {self._served.traffic.failures}"
             self.recovery_s.append((fault, time.monotonic() - repaired_s))
             print(f"{len(self.recovery_s)} {fault}: seen again after {self.recovery_s[-1][1]:.1f} s", file=sys.stderr)
             self.seen[fault] += 1
@@ -105,12 +106,10 @@ class Campaign:
         return time.monotonic()
 
     def _agent(self) -> float:
-        engine = self._rng.choice([*self._engines, self._served])
-        if isinstance(engine, RunningEngine):
-            for pid in engine.own_agents():
-                os.kill(pid, signal.SIGKILL)
-        elif engine is not None:
-            engine.kill_agent()
+        agents = self._rng.choice(self._reporting).own_agents()
+        assert agents, "no agent to kill"
+        for pid in agents:
+            os.kill(pid, signal.SIGKILL)
         self._change()
         return time.monotonic()
 
@@ -161,18 +160,14 @@ class Campaign:
         self._head.start()
         return time.monotonic()
 
-    @property
-    def _names(self) -> list[str]:
-        return [engine.name for engine in self._engines] + ([self._served.name] if self._served is not None else [])
-
     def _all_live(self) -> bool:
-        return all(self._control.live_view(name) for name in self._names)
+        return all(self._control.live_view(engine.name) for engine in self._reporting)
 
     def _is_well(self) -> bool:
         """All live, and all run what holds: nothing that was acknowledged is lost."""
         if not self._control.answers() or not self._all_live():
             return False
-        assert len(self._control.call("engines")) == len(self._names), "an engine that is none"
+        assert len(self._control.call("engines")) == len(self._reporting), "an engine that is none"
         running = {int(engine.status()["settings"]["watchdog_s"]) for engine in self._engines}
         if len(running) != 1:
             return False
@@ -214,9 +209,9 @@ def soak(faults: int, seed: int, recovery_limit_s: float, with_vllm: bool) -> di
         "changes_acknowledged": campaign.changes,
         "changes_unknown": campaign.unknown,
         "changes_lost": 0,
-        "requests": served.replies if served is not None else 0,
-        "requests_failed": 0,
-        "request_s_max": round(served.longest_s, 2) if served is not None else None,
+        "requests": served.traffic.answered if served is not None else 0,
+        "requests_failed": len(served.traffic.failures) if served is not None else 0,
+        "request_s_max": round(served.traffic.longest_s, 2) if served is not None else None,
         "engines_stopped": 0,
         "recovery_s_median": round(statistics.median(recovery_s), 2),
         "recovery_s_max": round(max(recovery_s), 2),
