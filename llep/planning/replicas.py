@@ -28,6 +28,7 @@ SMOOTHINGS = (0.1, 0.3, 0.6)
 GAIN_SMOOTHING = 0.3
 FORGOTTEN = 3.0  # over smoothing: age in windows at which a window has lost 95% of its weight and is dropped
 TRIALS = 3  # most steps that are tried on the windows before a layer is left alone
+PAST_BEST = 0.5  # of the best wish per copy: one that is worth less says that lower levels need not be tried
 LEVELS = 12  # rank loads that are tried between the present highest and the mean
 
 
@@ -98,29 +99,27 @@ class Forecast:
     def rank_loads(self, layer: int, parts: Parts, num_ranks: int) -> Floats:
         """Load of each rank in each window [W, R], as a share of the layer's pairs."""
         share_WE = self.share_WLE[:, layer]
+        # Not by a matrix product: its threads would fight for cores that serving needs.
         cell_WN = np.arange(len(share_WE))[:, None] * num_ranks + parts.rank_N
         loads_WN = share_WE[:, parts.expert_N] * parts.part_N
         loads = np.bincount(cell_WN.reshape(-1), loads_WN.reshape(-1), len(share_WE) * num_ranks)
         return np.asarray(loads.reshape(-1, num_ranks), dtype=np.float64)
 
-    def mean_highest(self, layer: int, loads_WR: Floats) -> float:
-        """Mean over the windows of the highest rank load, with the weights of `gain`."""
-        weights_W = self._weights(layer, min(float(self.smoothing_L[layer]), GAIN_SMOOTHING))
-        return float(weights_W @ loads_WR.max(axis=1))
+    def gain_weights(self, layer: int) -> Floats:
+        """Weight [W] of each window where gains are reckoned, 1 together."""
+        # Forgetting faster than GAIN_SMOOTHING would leave too few windows to tell what is chance.
+        return self._weights(layer, min(float(self.smoothing_L[layer]), GAIN_SMOOTHING))
 
-    def gain(self, layer: int, parts: Parts, new_parts: Parts) -> tuple[float, float]:
+    def gain(self, layer: int, loads_WR: Floats, new_loads_WR: Floats) -> tuple[float, float]:
         """By how much the windows' highest rank load would have been lower, as a share, and the standard error of that.
 
-        parts: what each rank carries of each expert, now and anew. What helped in a few windows
-        only has a large error; with one window it is infinite.
+        Loads as from `rank_loads`, now and anew. What helped in a few windows only has a large error; with one window
+        it is infinite.
         """
-        # Forgetting faster than GAIN_SMOOTHING would leave too few windows to tell what is chance.
-        weights_W = self._weights(layer, min(float(self.smoothing_L[layer]), GAIN_SMOOTHING))
+        weights_W = self.gain_weights(layer)
         squares = float((weights_W**2).sum())
-        num_ranks = int(max(parts.rank_N.max(), new_parts.rank_N.max())) + 1
-        # Not by a matrix product: its threads would fight for cores that serving needs.
-        before_W, after_W = (self.rank_loads(layer, each, num_ranks).max(axis=1) for each in (parts, new_parts))
-        gain_W = before_W - after_W
+        before_W = loads_WR.max(axis=1)
+        gain_W = before_W - new_loads_WR.max(axis=1)
         mean, highest = float(weights_W @ gain_W), float(weights_W @ before_W)
         others = 1.0 / squares - 1.0  # windows' worth besides one: so much is known about the spread
         if others < 0.5:
@@ -237,9 +236,10 @@ class _Layer:
         self.split.add((copy.expert, copy.rank) for copy in present)
         self.old = {(copy.expert, copy.rank) for copy in present}  # those of them that are still there
         self.version = 0
-        self._losses: list[tuple[float, int, int]] | None = None
+        self._losses: dict[tuple[int, int], float] = {}
         self._displaceable: tuple[float, Ids] | None = None
         self._most_value: float | None = None
+        self._window_loads_WR: Floats | None = None
         self._mean = sum(self.split.rank_loads) / len(limits.budget_bytes)
         self._min_gain = limits.min_gain_ratio * self._mean
         self._sigmas = limits.noise_sigmas
@@ -256,14 +256,17 @@ class _Layer:
             return None
         highest, room = self.split.highest_load, room_R.tolist()
         wishes: list[tuple[float, list[tuple[int, int]]]] = []
-        for level in np.linspace(highest, self._mean, LEVELS + 1)[1:]:
-            copies = self.split.copies_for(float(level), room, self._min_gain)
+        for level in np.linspace(highest, self._mean, LEVELS + 1)[1:].tolist():
+            copies = self.split.copies_for(level, room, self._min_gain)
             if copies is None:
                 break
             if copies and highest - level >= self._min_gain * len(copies):
-                wishes.append(((highest - float(level)) / len(copies), copies))
+                wishes.append(((highest - level) / len(copies), copies))
+                if wishes[-1][0] < PAST_BEST * max(per_copy for per_copy, _ in wishes):
+                    break
         for _, copies in sorted(wishes, key=lambda wish: -wish[0])[:TRIALS]:
-            gain, error = self._forecast.gain(self._at, self.split.parts, self.split.with_copies(copies).parts)
+            new_loads_WR = self._window_loads(self.split.with_copies(copies))
+            gain, error = self._forecast.gain(self._at, self.window_loads_WR, new_loads_WR)
             sure_gain = gain - self._sigmas * error
             if gain >= self._min_gain * len(copies) and sure_gain >= 0.0:
                 per_copy = self.pairs / len(copies)
@@ -279,46 +282,53 @@ class _Layer:
             self._most_value = step.sure_value if step is not None else 0.0
         return self._most_value
 
-    def losses(self) -> list[tuple[float, int, int]]:
-        """(pairs, expert, rank): by how much the windows' highest rank load would be higher without each old copy."""
-        if self._losses is None:
-            loads_WR = self._forecast.rank_loads(self._at, self.split.parts, len(self.split.rank_loads))
-            highest = self._forecast.mean_highest(self._at, loads_WR)
-            self._losses = [
-                (self._highest_without(expert, rank, loads_WR) - highest, expert, rank)
-                for expert, rank in sorted(self.old)
-            ]
-            self._losses = [(loss * self.pairs, expert, rank) for loss, expert, rank in self._losses]
+    def losses(self) -> dict[tuple[int, int], float]:
+        """By how many pairs the windows' highest rank load would be higher without each old copy (expert, rank)."""
+        if unknown := sorted(self.old - self._losses.keys()):
+            weights_W = self._forecast.gain_weights(self._at) * self.pairs
+            highest_W = self.window_loads_WR.max(axis=1)
+            for expert, rank in unknown:
+                without_W = self._window_loads(self.split.without(expert, rank)).max(axis=1)
+                self._losses[expert, rank] = float(weights_W @ (without_W - highest_W))
         return self._losses
 
     def displaceable(self, below: float) -> Ids:
         """Old copies on each rank [R] whose loss is below that."""
         if self._displaceable is None or self._displaceable[0] != below:
-            ranks = [rank for loss, _, rank in self.losses() if loss < below]
+            ranks = [rank for (_, rank), loss in self.losses().items() if loss < below]
             counts_R = np.bincount(ranks, minlength=len(self.split.rank_loads)).astype(np.int64)
             self._displaceable = (below, counts_R)
         return self._displaceable[1]
 
-    def _highest_without(self, expert: int, rank: int, loads_WR: Floats) -> float:
-        """Only what moves is reckoned anew: this is asked for every copy that is there."""
-        loads_WR = loads_WR.copy()
-        share_WE = self._forecast.share_WLE[:, self._at]
-        for moved, to_rank, part in self.split.without(expert, rank).differing(self.split):
-            loads_WR[:, to_rank] += part * share_WE[:, moved]
-        return self._forecast.mean_highest(self._at, loads_WR)
+    @property
+    def window_loads_WR(self) -> Floats:
+        """Each rank's load in each window, as a share of the layer's pairs."""
+        if self._window_loads_WR is None:
+            self._window_loads_WR = self._forecast.rank_loads(self._at, self.split.parts, len(self.split.rank_loads))
+        return self._window_loads_WR
+
+    def _window_loads(self, other: Split) -> Floats:
+        """As window_loads_WR, with another split: only what it moves is reckoned anew, for very many are tried."""
+        moved = other.differing(self.split)
+        return self.window_loads_WR + self._forecast.rank_loads(self._at, moved, len(self.split.rank_loads))
 
     def add(self, copies: Iterable[tuple[int, int]]) -> None:
         self.split.add(copies)
         self._changed()
 
     def drop(self, expert: int, rank: int) -> None:
+        near = self.split.near(expert)
         self.split.drop(expert, rank)
         self.old.discard((expert, rank))
+        # The highest load is no lower now: those that share no rank with it are missed no more than they were.
+        far = {copy: loss for copy, loss in self._losses.items() if copy[0] not in near}
         self._changed()
+        self._losses = far
 
     def _changed(self) -> None:
         self.version += 1
-        self._losses = self._displaceable = self._most_value = None
+        self._losses = {}
+        self._displaceable = self._most_value = self._window_loads_WR = None
 
 
 class _Entry(NamedTuple):
@@ -414,7 +424,7 @@ class _Spending:
         _, at, expert = min(
             (loss, at, expert)
             for at, layer in enumerate(self.layers)
-            for loss, expert, holder in layer.losses()
+            for (expert, holder), loss in layer.losses().items()
             if holder == rank
         )
         self.layers[at].drop(expert, rank)

@@ -9,7 +9,9 @@ Shape letters: E experts, R ranks, N (expert, rank) pairs.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +27,7 @@ TOLERANCE = 1e-6  # of the mean rank load
 
 
 class Parts(NamedTuple):
-    """The part, above 0 and up to 1, of each expert's load that each rank carries."""
+    """The part of an expert's load that a rank carries, 1 together for each expert; or by how much it differs."""
 
     expert_N: Ids
     rank_N: Ids
@@ -44,6 +46,9 @@ class Split:
             self.rank_loads[home] += self._loads[expert]
             self._experts_of[home].append(expert)
         self._shares: dict[int, dict[int, float]] = {}  # load by rank, of experts with more than one copy
+        # Worked out since the last change:
+        self._by_load: list[tuple[float, int]] | None = None
+        self._hottest_first: dict[int, list[tuple[float, int]]] = {}
         self._tolerance = TOLERANCE * sum(self._loads) / num_ranks
 
     @property
@@ -66,16 +71,22 @@ class Split:
     def _part(self, expert: int, load: float) -> float:
         return load / self._loads[expert] if expert in self._shares and self._loads[expert] else 1.0
 
-    def differing(self, other: Split) -> list[tuple[int, int, float]]:
-        """(expert, rank, part here less part there) wherever the two split the same loads differently."""
-        found = []
+    def differing(self, other: Split) -> Parts:
+        """What ranks carry here less what they carry there, wherever the two split the same loads differently."""
+        expert_N, rank_N, part_N = [], [], []
         for expert in self._shares.keys() | other._shares.keys():
-            here, there = (dict(split.shares(expert)) for split in (self, other))
-            if here != there:
-                load = self._loads[expert] or 1.0
-                ranks = sorted(here.keys() | there.keys())
-                found += [(expert, rank, (here.get(rank, 0.0) - there.get(rank, 0.0)) / load) for rank in ranks]
-        return found
+            if self._shares.get(expert) is other._shares.get(expert):
+                continue  # `without` copies only what it changes
+            more = dict(self.shares(expert))
+            for rank, load in other.shares(expert):
+                more[rank] = more.get(rank, 0.0) - load
+            whole = self._loads[expert] or 1.0
+            for rank, load in more.items():
+                if load:
+                    expert_N.append(expert)
+                    rank_N.append(rank)
+                    part_N.append(load / whole)
+        return Parts(np.array(expert_N, dtype=np.int64), np.array(rank_N, dtype=np.int64), np.array(part_N))
 
     def copies(self) -> list[tuple[int, int]]:
         """(expert, rank) of every copy away from home, in order."""
@@ -96,7 +107,7 @@ class Split:
             share = self._shares.setdefault(expert, {self._home[expert]: self._loads[expert]})
             assert rank not in share, f"expert {expert} is on rank {rank} already"
             share[rank] = 0.0
-            self._experts_of[rank].append(expert)
+            self._experts_of[rank] = [*self._experts_of[rank], expert]
         self._balance(sweeps)
 
     def drop(self, expert: int, rank: int) -> None:
@@ -107,25 +118,27 @@ class Split:
     def with_copies(self, copies: Iterable[tuple[int, int]]) -> Split:
         """Another split, with these copies added, near enough to its best to be compared."""
         other = self._copied()
+        other._shares = {expert: dict(share) for expert, share in self._shares.items()}
         other.add(copies, TRIAL_SWEEPS)
         return other
 
     def without(self, expert: int, rank: int) -> Split:
         """Another split, without this copy. Experts that share no rank with this one's copies stay as they are."""
-        other = object.__new__(Split)
-        other.__dict__.update(self.__dict__)
-        other.rank_loads = list(self.rank_loads)
-        other._experts_of = list(self._experts_of)
-        other._experts_of[rank] = list(self._experts_of[rank])
-        around = self._shares[expert].keys()
-        near = [each for each, share in self._shares.items() if not share.keys().isdisjoint(around)]
+        other = self._copied()
+        near = self.near(expert)
         # Only what changes is copied: this is asked for every copy that is there.
-        other._shares = {**self._shares, **{each: dict(self._shares[each]) for each in (*near, expert)}}
+        other._shares = {**self._shares, **{each: dict(self._shares[each]) for each in near}}
         other._remove(expert, rank)
         for _ in range(NEAR_SWEEPS):
             for each in near:
-                other._level(each)
+                if share := other._shares.get(each):
+                    other._level(share, other._loads[each])
         return other
+
+    def near(self, expert: int) -> list[int]:
+        """The experts with copies that share a rank with this one's copies, itself among them."""
+        around = self._shares[expert].keys()
+        return [each for each, share in self._shares.items() if not share.keys().isdisjoint(around)]
 
     def copies_for(self, level: float, room_R: Sequence[int], least_load: float) -> list[tuple[int, int]] | None:
         """New copies (expert, rank), at most room_R on each rank, with which no rank load is above `level`.
@@ -134,97 +147,122 @@ class Split:
         that does not get there, or only with copies that carry less than least_load.
         """
         left = list(room_R)
-        # Most to spare first, the lowest rank of those with as much.
-        spare = [(load - level, rank) for rank, load in enumerate(self.rank_loads) if left[rank] > 0 and load < level]
-        heapq.heapify(spare)
+        by_load = self._ranks_by_load()
+        below = by_load[: bisect_left(by_load, (level,))]
+        spare = [(load - level, rank) for load, rank in below if left[rank] > 0]  # a heap: most to spare first
         new: list[tuple[int, int]] = []
-        for source in sorted(range(len(left)), key=self.rank_loads.__getitem__, reverse=True):
-            excess = self.rank_loads[source] - level
+        for load, source in reversed(by_load):
+            excess = load - level
             if excess <= 0:
                 break
-            carried = {expert: self._carried(expert, source) for expert in self._experts_of[source]}
-            for expert in sorted(carried, key=carried.__getitem__, reverse=True):
-                movable, holders = carried[expert], set(self._shares.get(expert, (self._home[expert],)))
+            for movable, expert in self._hottest(source):
+                if movable < min(least_load, excess):
+                    break
+                holders = self._shares.get(expert, ())
                 passed = []  # ranks that hold the expert already
                 while excess > 0 and movable > 0:
                     while spare and spare[0][1] in holders:
                         passed.append(heapq.heappop(spare))
-                    minus_spare, rank = spare[0] if spare else (1.0, -1)
+                    minus_spare, rank = spare[0] if spare else (0.0, -1)
                     load = min(excess, movable, -minus_spare)
-                    if load < min(least_load, excess):
+                    if load <= 0 or load < min(least_load, excess):
                         break
                     new.append((expert, rank))
-                    holders.add(rank)
                     excess -= load
                     movable -= load
                     left[rank] -= 1
-                    if left[rank]:
+                    if left[rank] and minus_spare + load < 0:
                         heapq.heapreplace(spare, (minus_spare + load, rank))
                     else:
                         heapq.heappop(spare)
                 for rank_to_spare in passed:
                     heapq.heappush(spare, rank_to_spare)
-                if excess <= 0 or movable < least_load:
+                if excess <= 0:
                     break
             if excess > TOLERANCE * level:
                 return None
         # An expert that two hot ranks hold may have been sent to one rank by both.
         return sorted(set(new))
 
+    def _ranks_by_load(self) -> list[tuple[float, int]]:
+        """(load, rank), least first."""
+        if self._by_load is None:
+            self._by_load = sorted(zip(self.rank_loads, range(len(self.rank_loads)), strict=True))
+        return self._by_load
+
+    def _hottest(self, rank: int) -> list[tuple[float, int]]:
+        """(load, expert) of what the rank carries, most first."""
+        found = self._hottest_first.get(rank)
+        if found is None:
+            carried = [(self._carried(expert, rank), expert) for expert in self._experts_of[rank]]
+            found = self._hottest_first[rank] = sorted(carried, key=itemgetter(0), reverse=True)
+        return found
+
     def _carried(self, expert: int, rank: int) -> float:
         share = self._shares.get(expert)
         return self._loads[expert] if share is None else share[rank]
 
     def _copied(self) -> Split:
+        """Another split of which only the shares of experts are not its own yet."""
         other = object.__new__(Split)
         other.__dict__.update(self.__dict__)
         other.rank_loads = list(self.rank_loads)
-        other._experts_of = [list(experts) for experts in self._experts_of]
-        other._shares = {expert: dict(share) for expert, share in self._shares.items()}
+        other._experts_of = list(self._experts_of)
+        other._forget()
         return other
 
     def _remove(self, expert: int, rank: int) -> None:
         assert rank != self._home[expert], f"rank {rank} is the home of expert {expert}"
         self.rank_loads[rank] -= self._shares[expert].pop(rank)
-        self._experts_of[rank].remove(expert)
-        self._level(expert)
+        self._experts_of[rank] = [each for each in self._experts_of[rank] if each != expert]
+        self._level(self._shares[expert], self._loads[expert])
         if len(self._shares[expert]) == 1:
             del self._shares[expert]
 
     def _balance(self, sweeps: int = SWEEPS) -> None:
         """Split every expert with copies over them, in turn, until nothing moves any more."""
+        self._forget()
+        shares, loads = self._shares, self._loads
         for _ in range(sweeps):
-            if max((self._level(expert) for expert in self._shares), default=0.0) <= self._tolerance:
+            most = 0.0
+            for expert, share in shares.items():
+                moved = self._level(share, loads[expert])
+                if moved > most:
+                    most = moved
+            if most <= self._tolerance:
                 return
 
-    def _level(self, expert: int) -> float:
-        """Split one expert over its copies, given the others, so that the lowest fill up first; the most that moved."""
-        share = self._shares.get(expert)
-        if share is None:
-            return 0.0
-        if len(share) == 2:
-            return self._level_two(share, self._loads[expert])
-        below = sorted((self.rank_loads[rank] - load, rank) for rank, load in share.items())
-        height, poured = 0.0, self._loads[expert]
-        for filled, (level, _) in enumerate(below, start=1):
-            poured += level
-            height = poured / filled
-            if filled == len(below) or height <= below[filled][0]:
-                break
-        moved = 0.0
-        for level, rank in below:
-            load = max(height - level, 0.0)
-            moved = max(moved, abs(load - share[rank]))
-            share[rank] = load
-            self.rank_loads[rank] = level + load
-        return moved
+    def _forget(self) -> None:
+        self._by_load = None
+        self._hottest_first = {}
 
-    def _level_two(self, share: dict[int, float], load: float) -> float:
-        """As _level does, of the most usual number of copies."""
-        (first, of_first), (second, of_second) = share.items()
+    def _level(self, share: dict[int, float], whole: float) -> float:
+        """Split one expert over its copies, given the others, so that the lowest fill up first; the most that moved."""
         rank_loads = self.rank_loads
-        below_first, below_second = rank_loads[first] - of_first, rank_loads[second] - of_second
-        to_first = min(max((load + below_second - below_first) / 2.0, 0.0), load)
-        share[first], share[second] = to_first, load - to_first
-        rank_loads[first], rank_loads[second] = below_first + to_first, below_second + load - to_first
-        return abs(to_first - of_first)
+        if len(share) == 2:  # as below, of the most usual number of copies
+            (first, of_first), (second, of_second) = share.items()
+            below_first, below_second = rank_loads[first] - of_first, rank_loads[second] - of_second
+            to_first = (whole + below_second - below_first) / 2.0
+            to_first = 0.0 if to_first < 0.0 else whole if to_first > whole else to_first
+            share[first], share[second] = to_first, whole - to_first
+            rank_loads[first], rank_loads[second] = below_first + to_first, below_second + whole - to_first
+            return abs(to_first - of_first)
+        below = [(rank_loads[rank] - load, rank) for rank, load in share.items()]
+        height = (sum([level for level, _ in below]) + whole) / len(below)
+        if height < max(below)[0]:  # not all of them fill up: the lowest do
+            below.sort()
+            poured = whole
+            for filled, (level, _) in enumerate(below, start=1):
+                poured += level
+                height = poured / filled
+                if filled == len(below) or height <= below[filled][0]:
+                    break
+        most = 0.0
+        for level, rank in below:
+            load = height - level if height > level else 0.0
+            moved = abs(load - share[rank])
+            if moved > most:
+                most = moved
+            share[rank] = load
+            rank_loads[rank] = level + load
+        return most

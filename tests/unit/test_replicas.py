@@ -86,6 +86,15 @@ def test_the_split_has_the_least_highest_load_there_is(seed: int) -> None:
     assert split.rank_loads == pytest.approx(np.bincount(home_E, loads_E, num_ranks))
 
 
+def test_a_rank_sheds_one_hot_expert_after_the_other() -> None:
+    split = Split(np.array([6.0, 6.0, 1.0, 1.0, 1.0]), np.array([0, 0, 1, 2, 3]), 4)
+    copies = split.copies_for(3.75, [9] * 4, least_load=0.1)
+    assert copies == [(0, 1), (0, 2), (0, 3), (1, 3)]  # 6 of expert 0 and 2.25 of expert 1 go
+    assert split.with_copies(copies).highest_load == pytest.approx(3.75, rel=1e-2)
+    assert split.copies_for(3.75, [9, 9, 9, 0], least_load=0.1) is None
+    assert split.copies_for(3.75, [9] * 4, least_load=3.0) is None
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_within_every_limit_from_any_start(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -255,14 +264,16 @@ def test_the_forecast_is_a_weighted_mean_that_forgets() -> None:
 
 
 def test_a_gain_is_judged_window_by_window() -> None:
-    home, even = parts([1.0, 0.0, 1.0]), parts([0.5, 0.5, 1.0])
+    def gain_of(forecast: Forecast) -> tuple[float, float]:
+        return forecast.gain(0, *(forecast.rank_loads(0, parts(shares), 2) for shares in ([1, 0, 1], [0.5, 0.5, 1])))
+
     steady = forecast_of([np.array([[300, 100, 0]])] * 20, smoothing=0.1)
-    gain, error = steady.gain(0, home, even)
+    gain, error = gain_of(steady)
     assert gain == pytest.approx(0.75 - 0.625) and error < 0.1 * gain
     to_and_fro = forecast_of([np.array([[300, 100, 0]]), np.array([[100, 100, 200]])] * 10, smoothing=0.1)
-    gain, error = to_and_fro.gain(0, home, even)
+    gain, error = gain_of(to_and_fro)
     assert abs(gain) < error
-    assert forecast_of([np.array([[300, 100, 0]])]).gain(0, home, even)[1] == np.inf
+    assert gain_of(forecast_of([np.array([[300, 100, 0]])]))[1] == np.inf
 
 
 def parts(shares: list[float]) -> Parts:
