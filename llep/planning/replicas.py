@@ -27,6 +27,9 @@ Ids = npt.NDArray[np.int64]
 SMOOTHINGS = (0.1, 0.3, 0.6)
 GAIN_SMOOTHING = 0.3
 FORGOTTEN = 3.0  # over smoothing: age in windows at which a window has lost 95% of its weight and is dropped
+SETTLED = 4  # windows that must agree among themselves before and after a change at once
+CHANGED = 16.0  # squared distance of the mean shares of before and after, over the windows' own spread; even drift: 9.6
+SMALLEST_CHANGE = 1e-3  # distance of shares below which nothing is a change
 TRIALS = 3  # most steps that are tried on the windows before a layer is left alone
 PAST_BEST = 0.5  # of the best wish per copy: one that is worth less says that lower levels need not be tried
 LEVELS = 12  # rank loads that are tried between the present highest and the mean
@@ -46,8 +49,8 @@ class Forecast:
     far it may be off.
 
     Shares, not tokens: that there is more traffic at noon says nothing about who is popular. A window without tokens
-    in a layer says nothing about it. The windows themselves are kept, because experts of one rank may well be popular
-    at the same time, and only windows show that.
+    in a layer says nothing about it, nor do those before its loads last changed at once. The windows themselves are
+    kept, because experts of one rank may well be popular at the same time, and only windows show that.
     """
 
     share_WLE: Floats  # the newest window last
@@ -84,8 +87,14 @@ class Forecast:
         )
 
     def windows(self, layer: int) -> int:
-        """Windows with tokens in this layer, of those that still count."""
-        return int((self.pairs_WL[:, layer] > 0).sum())
+        """Windows that say something about this layer."""
+        return int(self.says_WL[:, layer].sum())
+
+    @property
+    def changed_windows_ago(self) -> int | None:
+        """How many windows have passed since a layer's loads last changed at once; None where none did."""
+        changed_L = (~self.says_WL & (self.pairs_WL > 0)).any(axis=0)
+        return int(self.says_WL.sum(axis=0)[changed_L].min()) if changed_L.any() else None
 
     def share(self, layer: int) -> Floats:
         """Mean share [E] of each expert; zeros before the first window."""
@@ -129,6 +138,33 @@ class Forecast:
         return mean, math.sqrt(max(seen, drawn) * squares) * (1.0 + 1.0 / others)
 
     @cached_property
+    def says_WL(self) -> npt.NDArray[np.bool_]:
+        """Whether a window says something about a layer: it has tokens, and no change at once came after it.
+
+        A change came where SETTLED windows and all that followed differ in their mean shares by far more than they do
+        among themselves. So neither a burst, noise nor drift is one; nor is hot spots' coming and going.
+        """
+        num_windows, num_layers, num_experts = self.share_WLE.shape
+        first_L = np.zeros(num_layers, dtype=np.int64)
+        sums_LE = np.concatenate([np.zeros((1, num_layers, num_experts)), self.share_WLE.cumsum(axis=0)])
+        squares_L = np.concatenate([np.zeros((1, num_layers)), (self.share_WLE**2).sum(axis=2).cumsum(axis=0)])
+
+        def mean_and_spread(first: int, end: int) -> tuple[Floats, Floats]:
+            count = end - first
+            mean_LE = (sums_LE[end] - sums_LE[first]) / count
+            return mean_LE, (squares_L[end] - squares_L[first] - count * (mean_LE**2).sum(axis=1)) / (count - 1)
+
+        for change in range(SETTLED, num_windows - SETTLED + 1):
+            old_LE, old_spread_L = mean_and_spread(change - SETTLED, change)
+            new_LE, new_spread_L = mean_and_spread(change, num_windows)
+            distance_L = ((new_LE - old_LE) ** 2).sum(axis=1)
+            is_change_L = distance_L > np.maximum(CHANGED * np.maximum(old_spread_L, new_spread_L), SMALLEST_CHANGE**2)
+            has_tokens_L = (self.pairs_WL[change - SETTLED :] > 0).all(axis=0)
+            first_L = np.where(is_change_L & has_tokens_L, change, first_L)
+        is_late_WL = np.arange(num_windows)[:, None] >= first_L
+        return np.asarray(is_late_WL & (self.pairs_WL > 0))
+
+    @cached_property
     def smoothing_L(self) -> Floats:
         """The smoothing of each layer."""
         if self.smoothing is not None:
@@ -142,18 +178,17 @@ class Forecast:
         """Sum of squared errors [L] had each window been foretold from those before it."""
         errors_L = np.zeros(self.pairs_WL.shape[1])
         mean_LE, weight_L = np.zeros(self.share_WLE.shape[1:]), np.zeros(len(errors_L))
-        for share_LE, pairs_L in zip(self.share_WLE, self.pairs_WL, strict=True):
+        for share_LE, says_L in zip(self.share_WLE, self.says_WL, strict=True):
             off_LE = share_LE - mean_LE
-            has_tokens_L = pairs_L > 0
-            errors_L += np.where(has_tokens_L & (weight_L > 0), (off_LE**2).sum(axis=1), 0.0)
-            weight_L = np.where(has_tokens_L, (1.0 - smoothing) * weight_L + 1.0, weight_L)
-            mean_LE = mean_LE + np.where(has_tokens_L, 1.0 / np.maximum(weight_L, 1.0), 0.0)[:, None] * off_LE
+            errors_L += np.where(says_L & (weight_L > 0), (off_LE**2).sum(axis=1), 0.0)
+            weight_L = np.where(says_L, (1.0 - smoothing) * weight_L + 1.0, weight_L)
+            mean_LE = mean_LE + np.where(says_L, 1.0 / np.maximum(weight_L, 1.0), 0.0)[:, None] * off_LE
         return errors_L
 
     def _weights(self, layer: int, smoothing: float | None = None) -> Floats:
         """Weight [W] of each window, 1 together; by default with the layer's smoothing."""
         age_W = np.arange(len(self.pairs_WL))[::-1]
-        weights_W = (1.0 - (smoothing or self.smoothing_L[layer])) ** age_W * (self.pairs_WL[:, layer] > 0)
+        weights_W = (1.0 - (smoothing or self.smoothing_L[layer])) ** age_W * self.says_WL[:, layer]
         return np.asarray(weights_W / max(float(weights_W.sum()), 1e-300), dtype=np.float64)
 
 

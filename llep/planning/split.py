@@ -9,7 +9,6 @@ Shape letters: E experts, R ranks, N (expert, rank) pairs.
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import NamedTuple
@@ -47,8 +46,8 @@ class Split:
             self._experts_of[home].append(expert)
         self._shares: dict[int, dict[int, float]] = {}  # load by rank, of experts with more than one copy
         # Worked out since the last change:
-        self._by_load: list[tuple[float, int]] | None = None
-        self._hottest_first: dict[int, list[tuple[float, int]]] = {}
+        self._ranks: list[int] | None = None
+        self._experts: dict[int, list[tuple[float, int]]] = {}
         self._tolerance = TOLERANCE * sum(self._loads) / num_ranks
 
     @property
@@ -147,15 +146,15 @@ class Split:
         that does not get there, or only with copies that carry less than least_load.
         """
         left = list(room_R)
-        by_load = self._ranks_by_load()
-        below = by_load[: bisect_left(by_load, (level,))]
-        spare = [(load - level, rank) for load, rank in below if left[rank] > 0]  # a heap: most to spare first
+        # Most to spare first, the lowest rank of those with as much.
+        spare = [(load - level, rank) for rank, load in enumerate(self.rank_loads) if load < level and left[rank] > 0]
+        heapq.heapify(spare)
         new: list[tuple[int, int]] = []
-        for load, source in reversed(by_load):
-            excess = load - level
+        for source in self._hottest_ranks():
+            excess = self.rank_loads[source] - level
             if excess <= 0:
                 break
-            for movable, expert in self._hottest(source):
+            for movable, expert in self._hottest_experts(source):
                 if movable < min(least_load, excess):
                     break
                 holders = self._shares.get(expert, ())
@@ -184,18 +183,17 @@ class Split:
         # An expert that two hot ranks hold may have been sent to one rank by both.
         return sorted(set(new))
 
-    def _ranks_by_load(self) -> list[tuple[float, int]]:
-        """(load, rank), least first."""
-        if self._by_load is None:
-            self._by_load = sorted(zip(self.rank_loads, range(len(self.rank_loads)), strict=True))
-        return self._by_load
+    def _hottest_ranks(self) -> list[int]:
+        if self._ranks is None:
+            self._ranks = sorted(range(len(self.rank_loads)), key=self.rank_loads.__getitem__, reverse=True)
+        return self._ranks
 
-    def _hottest(self, rank: int) -> list[tuple[float, int]]:
+    def _hottest_experts(self, rank: int) -> list[tuple[float, int]]:
         """(load, expert) of what the rank carries, most first."""
-        found = self._hottest_first.get(rank)
+        found = self._experts.get(rank)
         if found is None:
             carried = [(self._carried(expert, rank), expert) for expert in self._experts_of[rank]]
-            found = self._hottest_first[rank] = sorted(carried, key=itemgetter(0), reverse=True)
+            found = self._experts[rank] = sorted(carried, key=itemgetter(0), reverse=True)
         return found
 
     def _carried(self, expert: int, rank: int) -> float:
@@ -233,8 +231,8 @@ class Split:
                 return
 
     def _forget(self) -> None:
-        self._by_load = None
-        self._hottest_first = {}
+        self._ranks = None
+        self._experts = {}
 
     def _level(self, share: dict[int, float], whole: float) -> float:
         """Split one expert over its copies, given the others, so that the lowest fill up first; the most that moved."""

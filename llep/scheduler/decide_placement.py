@@ -147,6 +147,7 @@ def decide_placement(ground: Ground, *, is_filling: bool) -> tuple[Decision, Sug
         **numbers_of(ground.evidence),
         **placement_numbers(found),
         "windows": len(ground.forecast.share_WLE),
+        "changed_windows_ago": ground.forecast.changed_windows_ago,
         "present": len(ground.present),
         "added": [list(copy) for copy in found.plan.added[:64]],
         "dropped": [list(copy) for copy in found.plan.dropped[:64]],
@@ -265,8 +266,11 @@ def _lend_cut(ground: Ground, plan: ReplicaPlan) -> float:
 
 def _why(ground: Ground, plan: ReplicaPlan, saving_s: float, cost_s: float, least_s: float, cut: float) -> str:
     if not plan.added and not plan.dropped:
-        windows = len(ground.forecast.share_WLE)
-        return f"no copy surely lowers the highest load, by {windows} window{'s'[: windows > 1]}: nothing is moved"
+        windows, changed = len(ground.forecast.share_WLE), ground.forecast.changed_windows_ago
+        by = f"{windows} window{'s'[: windows > 1]}" + (
+            f" (loads changed {changed} ago)" if changed is not None else ""
+        )
+        return f"no copy surely lowers the highest load, by {by}: nothing is moved"
     what = f"{len(plan.added)} copies added, {len(plan.dropped)} dropped: saves {saving_s:.3g} s of {HORIZON_S:.0f} s"
     what += f" ({100 * cut:.0f}% of the lends), costs {cost_s:.3g} s"
     if saving_s < least_s:

@@ -368,6 +368,15 @@ def test_an_expert_that_stays_hot_gets_replicas() -> None:
     assert found.after is not None and found.before is not None and found.after < 1.1 < 1.9 < found.before
     assert found.lend_cut_ratio > 0.9 and found.saving_s > 2 * found.cost_s > 0
     assert decision.expected_gain_ratio > 0 and decision.inputs["windows"] == 10
+    assert decision.inputs["changed_windows_ago"] is None
+
+
+def test_what_changed_at_once_is_answered_from_the_windows_since() -> None:
+    windows = hot_windows(10, lambda number: 3) + hot_windows(4, lambda number: 5)
+    decision, found = decide(ground(windows))
+    assert decision.outcome == "order" and found is not None, decision.reason
+    assert {copy.expert for copy in found.plan.added} == {5}
+    assert (decision.inputs["windows"], decision.inputs["changed_windows_ago"]) == (14, 4)
 
 
 def test_experts_that_are_hot_by_turns_move_nothing() -> None:

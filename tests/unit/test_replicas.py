@@ -263,6 +263,59 @@ def test_the_forecast_is_a_weighted_mean_that_forgets() -> None:
     assert silent.windows(1) == 5
 
 
+def test_after_a_change_at_once_only_windows_since_then_count() -> None:
+    before, after = (windows(Workload(kind="zipf", ratio=2.0), 12, seed=seed) for seed in (1, 2))
+    after = [np.concatenate([new[:2], old[2:]]) for new, old in zip(after, before, strict=True)]  # in layers 0 and 1
+    for passed in range(1, 13):
+        forecast = forecast_of(before + after[:passed])
+        since = passed if passed >= 4 else 12 + passed
+        assert [forecast.windows(at) for at in range(LAYERS)] == [since, since, 12 + passed, 12 + passed]
+        assert forecast.changed_windows_ago == (passed if passed >= 4 else None)
+    alone = forecast_of(after)
+    assert forecast.share(0) == pytest.approx(alone.share(0)) and forecast.smoothing_L[0] == alone.smoothing_L[0]
+    # Another change later: only what came after the last one.
+    again = forecast_of(before + after[:5] + before[:4])
+    assert [again.windows(at) for at in range(LAYERS)] == [4, 4, 21, 21]
+
+
+def test_after_a_change_at_once_full_ranks_are_filled_anew_in_one_plan() -> None:
+    before, after = (windows(Workload(kind="zipf", ratio=2.0), 12, seed=seed) for seed in (1, 2))
+    placed = plan_replicas(forecast_of(before), HOME, (), limits(LAYERS)).replicas
+    mixed = plan_replicas(forecast_of(before + after[:3]), HOME, placed, limits(LAYERS))
+    settled = plan_replicas(forecast_of(before + after[:4]), HOME, placed, limits(LAYERS))
+    fresh = plan_replicas(forecast_of(after[:4]), HOME, (), limits(LAYERS))
+    assert len(mixed.added) < len(settled.added)
+    assert np.mean(settled.imbalance_after_L) < 1.05 < 1.2 < np.mean(mixed.imbalance_after_L)
+    assert np.mean(settled.imbalance_after_L) < np.mean(fresh.imbalance_after_L) + 0.02
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [
+        Workload(),
+        Workload(kind="zipf", ratio=2.0),
+        Workload(kind="burst", ratio=4.0, period=25),
+        Workload(kind="rotating", ratio=3.0, period=1),
+        Workload(kind="rotating", ratio=3.0, period=2),
+    ],
+)
+@pytest.mark.parametrize("tokens_per_rank", [16, 4096])
+def test_noise_and_bursts_are_no_change_at_once(workload: Workload, tokens_per_rank: int) -> None:
+    loads = windows(workload, 60, tokens_per_rank)
+    for end in range(8, len(loads), 3):
+        assert forecast_of(loads[max(end - 29, 0) : end]).changed_windows_ago is None
+    # Nor are windows without tokens.
+    assert forecast_of(loads[:10] + [np.zeros((LAYERS, EXPERTS))] * 6 + loads[10:20]).changed_windows_ago is None
+
+
+def test_a_slow_change_is_none_at_once() -> None:
+    before, after = (windows(Workload(kind="zipf", ratio=2.0), 40, seed=seed) for seed in (1, 2))
+    shares = np.linspace(0.0, 1.0, 40)
+    loads = [(1.0 - share) * old + share * new for share, old, new in zip(shares, before, after, strict=True)]
+    for end in range(8, len(loads)):
+        assert forecast_of(loads[max(end - 29, 0) : end]).changed_windows_ago is None
+
+
 def test_a_gain_is_judged_window_by_window() -> None:
     def gain_of(forecast: Forecast) -> tuple[float, float]:
         return forecast.gain(0, *(forecast.rank_loads(0, parts(shares), 2) for shares in ([1, 0, 1], [0.5, 0.5, 1])))
