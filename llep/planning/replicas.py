@@ -30,8 +30,8 @@ FORGOTTEN = 3.0  # over smoothing: age in windows at which a window has lost 95%
 SETTLED = 4  # windows that must agree among themselves before and after a change at once
 CHANGED = 16.0  # squared distance of the mean shares of before and after, over the windows' own spread; even drift: 9.6
 SMALLEST_CHANGE = 1e-3  # distance of shares below which nothing is a change
+PAST_BEST = 0.25  # of the best wish per copy: when one is worth less, lower levels are not tried
 TRIALS = 3  # most steps that are tried on the windows before a layer is left alone
-PAST_BEST = 0.5  # of the best wish per copy: one that is worth less says that lower levels need not be tried
 LEVELS = 12  # rank loads that are tried between the present highest and the mean
 
 
@@ -139,7 +139,13 @@ class Forecast:
 
     @cached_property
     def says_WL(self) -> npt.NDArray[np.bool_]:
-        """Whether a window says something about a layer: it has tokens, and no change at once came after it.
+        """Whether a window says something about a layer: it has tokens, and no change at once came after it."""
+        is_late_WL = np.arange(len(self.pairs_WL))[:, None] >= self.first_L
+        return np.asarray(is_late_WL & (self.pairs_WL > 0))
+
+    @cached_property
+    def first_L(self) -> Ids:
+        """The first window after each layer's loads last changed at once; 0 where they did not.
 
         A change came where SETTLED windows and all that followed differ in their mean shares by far more than they do
         among themselves. So neither a burst, noise nor drift is one; nor is hot spots' coming and going.
@@ -161,8 +167,7 @@ class Forecast:
             is_change_L = distance_L > np.maximum(CHANGED * np.maximum(old_spread_L, new_spread_L), SMALLEST_CHANGE**2)
             has_tokens_L = (self.pairs_WL[change - SETTLED :] > 0).all(axis=0)
             first_L = np.where(is_change_L & has_tokens_L, change, first_L)
-        is_late_WL = np.arange(num_windows)[:, None] >= first_L
-        return np.asarray(is_late_WL & (self.pairs_WL > 0))
+        return first_L
 
     @cached_property
     def smoothing_L(self) -> Floats:
@@ -178,11 +183,13 @@ class Forecast:
         """Sum of squared errors [L] had each window been foretold from those before it."""
         errors_L = np.zeros(self.pairs_WL.shape[1])
         mean_LE, weight_L = np.zeros(self.share_WLE.shape[1:]), np.zeros(len(errors_L))
-        for share_LE, says_L in zip(self.share_WLE, self.says_WL, strict=True):
+        for window, (share_LE, pairs_L) in enumerate(zip(self.share_WLE, self.pairs_WL, strict=True)):
+            weight_L = np.where(self.first_L == window, 0.0, weight_L)  # a change at once can't be foretold
             off_LE = share_LE - mean_LE
-            errors_L += np.where(says_L & (weight_L > 0), (off_LE**2).sum(axis=1), 0.0)
-            weight_L = np.where(says_L, (1.0 - smoothing) * weight_L + 1.0, weight_L)
-            mean_LE = mean_LE + np.where(says_L, 1.0 / np.maximum(weight_L, 1.0), 0.0)[:, None] * off_LE
+            has_tokens_L = pairs_L > 0
+            errors_L += np.where(has_tokens_L & (weight_L > 0), (off_LE**2).sum(axis=1), 0.0)
+            weight_L = np.where(has_tokens_L, (1.0 - smoothing) * weight_L + 1.0, weight_L)
+            mean_LE = mean_LE + np.where(has_tokens_L, 1.0 / np.maximum(weight_L, 1.0), 0.0)[:, None] * off_LE
         return errors_L
 
     def _weights(self, layer: int, smoothing: float | None = None) -> Floats:
