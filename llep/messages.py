@@ -1,7 +1,7 @@
 """What processes tell each other: reports go up, directives come down. Typed, compact binary (msgpack), no pickle.
 
 worker --Report--> agent --reports--> Scheduler, and the other way round: Directive. Scheduler --SchedulerSnapshot-->
-control plane, once per scrape.
+control plane, once per scrape. Each travels in an envelope with its protocol and checksum.
 
 Everything counted in a Report is cumulative since the worker started, so a lost or doubled report does no harm: the
 next one says it all. Rank 0 speaks for its EP group about what all ranks hold alike (loads, decisions, lends); every
@@ -14,6 +14,7 @@ S stages (before, after balancing), K links (node, network).
 from __future__ import annotations
 
 import operator
+import zlib
 from typing import Any, Self
 
 import msgspec
@@ -22,7 +23,7 @@ import numpy.typing as npt
 
 from llep.cost import CostModel
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 # Upper bounds of histogram buckets; one more bucket follows for everything above.
 IMBALANCE_BUCKETS = (1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0, 64.0)
@@ -274,8 +275,15 @@ class _SnapshotPieces(msgspec.Struct, frozen=True, tag="snapshot"):
     engines: tuple[msgspec.Raw, ...]
 
 
-class _Envelope(msgspec.Struct, frozen=True):
+class _Envelope(msgspec.Struct, frozen=True, gc=False):
+    """What is sent: a message as msgpack, and its checksum, for a flipped bit must not pass for a count.
+
+    Up to protocol 2 the message itself was sent: its protocol is read all the same.
+    """
+
     protocol: int
+    checksum: int = 0  # CRC-32 of body
+    body: memoryview = memoryview(b"")
 
 
 _rank_fields = operator.attrgetter(*RankSnapshot.__struct_fields__)
@@ -290,7 +298,8 @@ _engine_decoder = msgspec.msgpack.Decoder(EngineSnapshot)
 
 
 def encode(message: Report | Directive | SchedulerSnapshot) -> bytes:
-    return _encoder.encode(message)
+    body = _encoder.encode(message)
+    return _encoder.encode(_Envelope(message.protocol, zlib.crc32(body), memoryview(body)))
 
 
 def is_one_engine(one: EngineInfo, other: EngineInfo) -> bool:
@@ -312,34 +321,39 @@ def without_experts(report: Report) -> Report:
 
 def decode_header(data: bytes) -> ReportHeader:
     """Raises ValueError if `data` is garbled; the protocol is for the scheduler to judge."""
-    return _header_decoder.decode(data)
+    envelope = _envelope_decoder.decode(data)
+    return _header_decoder.decode(_intact(envelope) if envelope.body else data)
 
 
 def decode_report(data: bytes) -> Report:
     """Raises ProtocolMismatch if `data` is of another protocol, ValueError (as msgspec's errors are) if garbled."""
-    _check_protocol(data)
-    return _report_decoder.decode(data)
+    return _report_decoder.decode(_open(data))
 
 
 def decode_directive(data: bytes) -> Directive:
     """Raises ProtocolMismatch if `data` is of another protocol, ValueError if garbled."""
-    _check_protocol(data)
-    return _directive_decoder.decode(data)
+    return _directive_decoder.decode(_open(data))
 
 
 def decode_snapshot(data: bytes) -> SchedulerSnapshot:
     """Raises ProtocolMismatch if `data` is of another protocol, ValueError if garbled."""
-    _check_protocol(data)
     # Engine by engine: in one piece no other thread would run for as long as 64 of them take.
-    pieces = _pieces_decoder.decode(data)
+    pieces = _pieces_decoder.decode(_open(data))
     engines = tuple(map(_engine_decoder.decode, pieces.engines))
     return SchedulerSnapshot(protocol=PROTOCOL, time_s=pieces.time_s, store_open=pieces.store_open, engines=engines)
 
 
-def _check_protocol(data: bytes) -> None:
-    """First of all, because a message of another protocol need not have our fields."""
-    protocol = _envelope_decoder.decode(data).protocol
-    if protocol != PROTOCOL:
+def _open(data: bytes) -> memoryview:
+    """The message in its envelope. First of all its protocol: one of another protocol need not have our fields."""
+    envelope = _envelope_decoder.decode(data)
+    if envelope.protocol != PROTOCOL:
         raise ProtocolMismatch(
-            f"protocol {protocol} is not {PROTOCOL}: engine and scheduler run different versions of llep"
+            f"protocol {envelope.protocol} is not {PROTOCOL}: engine and scheduler run different versions of llep"
         )
+    return _intact(envelope)
+
+
+def _intact(envelope: _Envelope) -> memoryview:
+    if zlib.crc32(envelope.body) != envelope.checksum:
+        raise ValueError("its checksum is another: garbled on the way")
+    return envelope.body

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from llep.messages import Array, Histogram, PlacementOrder, PlanSample, Report, Worth, encode
+from llep.messages import Array, Histogram, PlacementOrder, PlanSample, Report, Worth, decode_header, encode
 from llep.scheduler.admit import Refusal, Refused, decode
 from llep.scheduler.desired import Desired
 from llep.scheduler.rings import Increments, Ring
@@ -434,6 +436,33 @@ def test_garbled(data: bytes) -> None:
     with pytest.raises(Refused) as refused:
         decode(data)
     assert refused.value.reason is Refusal.GARBLED
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_flipped_bit_is_noticed(rank: int) -> None:
+    windows, workers = Windows(), Workers()
+    run(windows, workers, 0, 3)
+    workers.step()
+    garbled = bytearray(encode(workers.reports()[rank]))
+    header = decode_header(bytes(garbled))
+    for place, bit in itertools.product(range(len(garbled)), range(8)):
+        garbled[place] ^= 1 << bit
+        with pytest.raises(Refused) as refused:
+            windows.take(decode(bytes(garbled)), 3.0)
+        assert refused.value.reason in (Refusal.GARBLED, Refusal.PROTOCOL)
+        with contextlib.suppress(ValueError):  # or the agent would take it for one of another start or rank
+            assert decode_header(bytes(garbled)) == header
+        garbled[place] ^= 1 << bit
+    assert windows.take(decode(bytes(garbled)), 3.0) == []
+
+
+def test_a_report_of_an_older_protocol_is_known_as_one() -> None:
+    """Up to protocol 2 there was neither envelope nor checksum."""
+    old = msgspec.msgpack.encode(msgspec.structs.replace(Workers().report(0), protocol=2))
+    assert decode_header(old).info.engine == "tiny"
+    with pytest.raises(Refused, match="protocol 2 is not") as refused:
+        decode(old)
+    assert refused.value.reason is Refusal.PROTOCOL
 
 
 @pytest.mark.parametrize(
