@@ -112,7 +112,8 @@ class Agent:
             for worker in batch:
                 worker.is_new = False
             try:
-                reports = [worker.report for worker in batch]
+                # Rank 0 last: with its report the scheduler adds up what the ranks have said.
+                reports = [worker.report for worker in sorted(batch, key=lambda worker: -worker.header.rank)]
                 answer = await self._client.call("report", reports, self._revision, timeout_s=REPORT_TIMEOUT_S)
             except LlepError as error:
                 self._say_why(error)

@@ -69,13 +69,13 @@ class Columns:
         """One count in rows [..., width] by its name, in its own shape."""
         return row[..., self._slices[name]].reshape(*row.shape[:-1], *self._shapes[name])
 
-    def row(self, report: Report, found: Counters, per_rank_RX: Floats) -> Floats:
-        """The row of rank 0's report, with what every rank last said of its own time and memory."""
+    def row(self, report: Report, found: Counters, per_rank_RX: Floats, heard: list[int]) -> Floats:
+        """The row of rank 0's report, with what the ranks heard so far last said of their own time and memory."""
         group = report.group
         assert group is not None
         arrays = found.arrays
         lends_K = arrays["lends_in_RK"].sum(axis=0)
-        seconds_X = per_rank_RX[:, :PER_RANK].mean(axis=0)
+        seconds_X = per_rank_RX[heard, :PER_RANK].mean(axis=0)
         return np.concatenate(
             [
                 arrays["tokens_PL"].max(axis=1),

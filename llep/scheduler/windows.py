@@ -38,6 +38,7 @@ MOST_PLANS = 200  # sampled plans that are kept of an engine
 HOT_RATIO = 1.5  # share / fair share from which an expert is hot
 MOST_ENGINES = 4096
 REPLACED_REMEMBERED = 16
+MOST_DISPUTED = 5  # reports of a rank that are refused in a row for being less than what it said before
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class KeptPlan:
     sample: PlanSample
 
 
+DISPUTES = (Refusal.ORDER, Refusal.COUNT)  # a report against what its rank said before
 _plan_ids = itertools.count(time.time_ns() // 1_000_000)
 
 
@@ -78,19 +80,28 @@ class Engine:
     refused: Counter[str] = field(default_factory=Counter)
     lost: int = 0  # reports, by the gaps in their numbers
     doubled: int = 0
+    disputed: Counter[int] = field(default_factory=Counter)  # reports of each rank, refused in a row
     settled_s: float = 0.0  # since when it runs the settings that are live; placements come and go under them
     placed_s: float = 0.0  # since when it runs the placement that is live
     plans: deque[KeptPlan] = field(default_factory=lambda: deque(maxlen=MOST_PLANS))
     totals: Totals = field(init=False)
+    # What each rank says of its time and memory, and what is added to its cumulative part: see _put_rank.
     per_rank_RX: npt.NDArray[np.float64] = field(init=False)
+    base_RX: npt.NDArray[np.float64] = field(init=False)
     # Monotonic seconds, nan where it isn't hot. V: over both phases of steps, then of each.
     hot_since_VLE: npt.NDArray[np.float32] = field(init=False)
 
     def __post_init__(self) -> None:
+        R = self.info.ep_size
+        self.per_rank_RX, self.base_RX = np.zeros((R, PER_RANK + GAUGES)), np.zeros((R, PER_RANK))
+        self.begin_windows()
+
+    def begin_windows(self) -> None:
+        """Nothing is known yet of what the group counts."""
         L, E, R = len(self.info.layer_numbers), self.info.num_experts, self.info.ep_size
         self.totals = Totals(R, L, E, self.start.decide_every_s)
-        self.per_rank_RX = np.zeros((R, PER_RANK + GAUGES))
         self.hot_since_VLE = np.full((1 + len(STEP_PHASES), L, E), np.nan, dtype=np.float32)
+        self.plans.clear()
 
     @property
     def last_seen_s(self) -> float:
@@ -168,6 +179,8 @@ class Windows:
         except Refused as refused:
             if known is not None:
                 known.refused[refused.reason] += 1
+                if refused.reason in DISPUTES and report.incarnation == known.incarnation:
+                    known.disputed[report.rank] += 1
             raise
 
     def tick(self, now_s: float, desired_interval_s: Mapping[str, float]) -> list[Change]:
@@ -193,12 +206,20 @@ class Windows:
         if known is None or report.incarnation != known.incarnation:
             engine = self._new_engine(known, report, now_s)
         assert engine is not None
-        found = _check(engine, report)
+        before = engine.reports.get(report.rank)
+        try:
+            found = _check(engine, report, before)
+        except Refused as refused:
+            if refused.reason not in DISPUTES or engine.disputed[report.rank] < MOST_DISPUTED:
+                raise
+            before, found = None, _check(engine, report, None)
         changes = [] if engine is known else [*_restart(known, engine)]
+        if before is None and report.rank in engine.reports:
+            changes.append(_believed_anew(engine, report))
         changes += _new_errors(engine, report)
         old_error = engine.last_apply_error
         self.engines[report.info.engine] = engine
-        _put(engine, report, found, now_s)
+        _put(engine, report, before, found, now_s)
         if engine.last_apply_error and engine.last_apply_error != old_error:
             changes.append(_apply_failed(engine, report))
         return changes + _follow_state(engine, now_s, desired_interval_s)
@@ -219,17 +240,17 @@ def _is_doubled(before: Report | None, report: Report) -> bool:
     return before is not None and before.seq == report.seq and before == report
 
 
-def _check(engine: Engine, report: Report) -> Counters:
+def _check(engine: Engine, report: Report, before: Report | None) -> Counters:
+    """All that is counted in a report that goes on where `before` stopped. Raises Refused."""
     if not is_one_engine(report.info, engine.info):
         raise Refused(Refusal.ENGINE, f"rank {report.rank} describes the engine otherwise than it was described before")
-    before = engine.reports.get(report.rank)
     if before is not None and report.seq <= before.seq:
         raise Refused(Refusal.ORDER, f"report {report.seq} of rank {report.rank} came after report {before.seq}")
     found = counters(report)
     if before is not None and before.group is not None and report.group is not None:
         if before.group.home_rank_LE != report.group.home_rank_LE:
             raise Refused(Refusal.ENGINE, "home ranks are others than before: they are fixed while an engine runs")
-    check_counters(found, engine.counted.get(report.rank))
+    check_counters(found, engine.counted[report.rank] if before is not None else None)
     if report.group is not None:
         check_sums(found, engine.info.top_k)
     if before is None or before.live_settings != report.live_settings:
@@ -237,8 +258,9 @@ def _check(engine: Engine, report: Report) -> Counters:
     return found
 
 
-def _put(engine: Engine, report: Report, found: Counters, now_s: float) -> None:
-    before = engine.reports.get(report.rank)
+def _put(engine: Engine, report: Report, before: Report | None, found: Counters, now_s: float) -> None:
+    if before is None and report.rank in engine.reports and report.group is not None:
+        engine.begin_windows()
     if before is None or before.live_settings != report.live_settings:
         engine.live[report.rank] = parse_settings(report.live_settings)
         engine.settled_s = now_s
@@ -249,10 +271,25 @@ def _put(engine: Engine, report: Report, found: Counters, now_s: float) -> None:
     if engine.live_placement != placement:
         engine.placed_s = now_s
     engine.counted[report.rank] = found
+    _put_rank(engine, report, is_first=before is None)
     engine.seen_s[report.rank] = now_s
-    engine.per_rank_RX[report.rank] = per_rank(report)
+    engine.disputed.pop(report.rank, None)
     if report.group is not None:
         _put_group(engine, report, found, now_s)
+
+
+def _put_rank(engine: Engine, report: Report, is_first: bool) -> None:
+    """What a rank says of its time and memory.
+
+    A rank that is heard for the first time is taken to have been like the others so far, one that is believed anew to
+    have stood still: what it had counted before is no news.
+    """
+    rank, said_X = report.rank, np.array(per_rank(report))
+    if is_first and engine.seen_s:
+        known = [rank] if rank in engine.seen_s else list(engine.seen_s)
+        engine.base_RX[rank] = engine.per_rank_RX[known, :PER_RANK].mean(axis=0) - said_X[:PER_RANK]
+    said_X[:PER_RANK] += engine.base_RX[rank]
+    engine.per_rank_RX[rank] = said_X
 
 
 def _put_group(engine: Engine, report: Report, found: Counters, now_s: float) -> None:
@@ -260,7 +297,7 @@ def _put_group(engine: Engine, report: Report, found: Counters, now_s: float) ->
     totals = engine.totals
     if totals.is_empty and report.counting_s < RECENT_S:  # what was before its first report counts too
         totals.begin(now_s - report.counting_s)
-    row = totals.columns.row(report, found, engine.per_rank_RX)
+    row = totals.columns.row(report, found, engine.per_rank_RX, list(engine.seen_s))
     if totals.put(now_s, row, found):
         _follow_heat(engine, now_s)
     newest = engine.plans[-1].sample.id if engine.plans else 0
@@ -306,6 +343,15 @@ def _restart(known: Engine | None, engine: Engine) -> list[Change]:
     return [
         Change(EventKind.ENGINE_RESTARTED, engine.info.engine, f"engine {engine.info.engine} has started anew", data)
     ]
+
+
+def _believed_anew(engine: Engine, report: Report) -> Change:
+    name = engine.info.engine
+    message = (
+        f"rank {report.rank} of engine {name} is believed anew: {MOST_DISPUTED} of its reports in a row were refused "
+        "for what it had said before"
+    )
+    return Change(EventKind.REPORT_REFUSED, name, message, {"rank": report.rank, "refused": MOST_DISPUTED})
 
 
 def _new_errors(engine: Engine, report: Report) -> list[Change]:

@@ -25,8 +25,8 @@ from tests.scheduler.peer import BYTES_PER_SLOT, Workers
 
 
 def hear(windows: Windows, workers: Workers, now_s: float) -> list[EventKind]:
-    """All ranks report; what came of it."""
-    return [change.kind for report in workers.reports() for change in windows.take(report, now_s)]
+    """All ranks report, rank 0 last as agents do it; what came of it."""
+    return [change.kind for report in reversed(workers.reports()) for change in windows.take(report, now_s)]
 
 
 def run(windows: Windows, workers: Workers, from_s: int, to_s: int) -> None:
@@ -304,6 +304,76 @@ def test_a_doubled_report_does_no_harm() -> None:
             assert windows.take(decode(encode(report)), now_s) == []
     engine = windows.engines["tiny"]
     assert engine.refused == {} and engine.last_seen_s == 3.0 and engine.doubled == 2 and engine.lost == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_reports_are_refused_in_a_row_is_believed_anew(rank: int) -> None:
+    windows, workers = Windows(), Workers()
+    run(windows, workers, 0, 5)
+    workers.step()
+    absurd = of_report(seq=1 << 40, step=1 << 40, layer_seconds={"prefill": 1e6, "decode": 0.0})
+    windows.take(absurd(workers.reports()[rank]), 5.0)
+    engine, changes, refused = windows.engines["tiny"], [], []
+    for now_s in range(6, 20):
+        workers.step()
+        for report in reversed(workers.reports()):
+            try:
+                changes += windows.take(report, now_s)
+            except Refused as refusal:
+                refused.append((report.rank, refusal.reason))
+    assert refused == [(rank, Refusal.ORDER)] * 5 and engine.refused == {"order": 5}
+    (change,) = (change for change in changes if change.kind is EventKind.REPORT_REFUSED)
+    assert change.data["rank"] == rank
+    assert change.message.startswith(f"rank {rank} of engine tiny is believed anew")
+    found = loads(engine, 8.0, now_s=19.0)
+    assert (found.tokens, found.window_s) == (800, 8.0) and found.layer_seconds == pytest.approx(0.008)
+    assert all(point.layer_seconds >= 0 and point.tokens >= 0 for point in history(engine, 60.0, 1.0, float))
+
+
+def test_a_rank_believed_anew_must_be_right_by_itself() -> None:
+    windows, workers = Windows(), Workers()
+    run(windows, workers, 0, 5)
+    for now_s in range(5, 15):
+        workers.step()
+        with pytest.raises(Refused, match="memory_used_bytes holds -1"):
+            windows.take(of_report(memory_used_bytes=-1)(workers.reports()[0]), now_s)
+    engine = windows.engines["tiny"]
+    assert engine.reports[0].memory_used_bytes == 0 and len(engine.totals.series(60.0, 1.0)[0]) == 5
+    hear(windows, workers, 15)
+    assert loads(engine, 15.0, now_s=15.0).tokens == 1400  # nothing is begun anew where that wasn't needed
+
+
+@pytest.mark.parametrize("late_s", [0, 1, 10])
+@pytest.mark.parametrize("counting_s", [100.0, 86400.0])
+def test_what_late_ranks_did_before_is_not_counted_as_now(late_s: int, counting_s: float) -> None:
+    """After a scheduler's restart rank 0 may be heard first."""
+    windows, workers = Windows(), Workers(ep_size=4)
+    workers.step_number, workers.counting_s = 3_000_000, counting_s
+    for now_s in range(100, 130):
+        workers.step()
+        rank_0, *others = workers.reports()
+        windows.take(rank_0, now_s)
+        for report in others if now_s >= 100 + late_s else ():
+            windows.take(report, now_s)
+    engine = windows.engines["tiny"]
+    found = loads(engine, 29.0, now_s=129.0)
+    assert found.tokens == 2900 and found.layer_seconds == pytest.approx(0.029, abs=0.001)
+    assert all(point.layer_seconds == pytest.approx(0.001, abs=0.001) for point in history(engine, 28.0, 1.0, float))
+
+
+def test_the_first_seconds_of_a_new_engine_count_whichever_rank_is_heard_first() -> None:
+    for order in ((0, 1, 2, 3), (3, 1, 0, 2)):
+        windows, workers = Windows(), Workers(ep_size=4)
+        for _ in range(5):
+            workers.step()
+        workers.counting_s = 2.0
+        reports = workers.reports()
+        for rank in order:
+            windows.take(reports[rank], 100.0)
+        workers.step()
+        hear(windows, workers, 101.0)
+        found = loads(windows.engines["tiny"], 60.0, now_s=101.0)
+        assert (found.window_s, found.tokens) == (3.0, 600) and found.layer_seconds == pytest.approx(0.006)
 
 
 Spoil = Callable[[Report], Report]
