@@ -41,6 +41,8 @@ LONGEST_NAME = 200
 LONGEST_TEXT = 10_000
 MOST_REPORT_BYTES = 64 << 20
 MOST_ERROR_KINDS = 64
+LARGEST_REVISION = 1 << 53  # whole in JSON and JavaScript
+MOST_REVISIONS_AHEAD = 1_000_000  # of all that the scheduler or another engine knows
 _LARGEST = {"ep_size": 1 << 14, "tp_size": 1 << 14, "dp_size": 1 << 14, "num_experts": 1 << 16, "top_k": 1 << 16}
 _LARGEST_NUM_LAYERS = 10_000
 
@@ -67,6 +69,7 @@ class Refusal(StrEnum):
     COUNT = "count"  # negative, not finite, absurdly large, or less than before
     SUMS = "sums"  # what was computed isn't what was routed
     SETTINGS = "settings"  # settings that this llep can't read
+    REVISION = "revision"  # a revision far above all that are known
 
 
 class Refused(ValueError):
@@ -163,6 +166,16 @@ def number_names(has_group: bool) -> tuple[str, ...]:
         names += ["bytes_per_lend", "predicted_gain_s", *(f"decisions.{decision}" for decision in Decision)]
         names += [f"imbalance.{stage}" for stage in STAGES for _ in range(len(IMBALANCE_BUCKETS) + 2)]
     return tuple(names)
+
+
+def check_revisions(report: Report, told: int, stored: int) -> None:
+    """Raises Refused for a revision far above what any engine has told and what is stored: it would be adopted, and no
+    engine could follow.
+    """
+    highest = max(min(max(told, stored) + MOST_REVISIONS_AHEAD, LARGEST_REVISION), stored)
+    for name in ("held_revision", "live_revision", "live_placement"):
+        if getattr(report, name) > highest:
+            raise Refused(Refusal.REVISION, f"{name} is {getattr(report, name)}: no more than {highest} is believed")
 
 
 def check_counters(new: Counters, before: Counters | None) -> None:

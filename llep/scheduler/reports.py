@@ -64,7 +64,8 @@ class Reports(Core):
         """Raises Refused."""
         name, now_s = report.info.engine, time.monotonic()
         known = self._windows.engines.get(name)
-        changes = self._windows.take(report, now_s, self._interval_s(known) if known else 0.0)
+        interval_s = self._interval_s(known) if known else 0.0
+        changes = self._windows.take(report, now_s, interval_s, self._journal.desired.revision)
         engine = self._windows.engines[name]
         if engine is not known:
             self._remember(engine)

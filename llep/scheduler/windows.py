@@ -22,6 +22,7 @@ from llep.scheduler.admit import (
     Refusal,
     Refused,
     check_counters,
+    check_revisions,
     check_sums,
     counters,
     parse_settings,
@@ -163,6 +164,7 @@ class Windows:
 
     def __init__(self) -> None:
         self.engines: dict[str, Engine] = {}
+        self._told_revision = 0  # the highest that any engine has received
 
     def restore(self, info: EngineInfo, incarnation: str, seen_s: float, now_s: float) -> None:
         """Remember an engine from before: starting, if it may well be there still, else stale. Raises Refused."""
@@ -171,10 +173,13 @@ class Windows:
         since_s = now_s if is_recent else seen_s
         self.engines[info.engine] = Engine(info, incarnation, start_settings(info), state, since_s)
 
-    def take(self, report: Report, now_s: float, desired_interval_s: float = 0.0) -> list[Change]:
+    def take(
+        self, report: Report, now_s: float, desired_interval_s: float = 0.0, stored_revision: int = 0
+    ) -> list[Change]:
         """Believe a report. Raises Refused; then nothing but a count has changed."""
         known = self.engines.get(report.info.engine)
         try:
+            check_revisions(report, self._told_revision, stored_revision)
             return self._take(known, report, now_s, desired_interval_s)
         except Refused as refused:
             if known is not None:
@@ -219,6 +224,7 @@ class Windows:
         changes += _new_errors(engine, report)
         old_error = engine.last_apply_error
         self.engines[report.info.engine] = engine
+        self._told_revision = max(self._told_revision, report.held_revision)
         _put(engine, report, before, found, now_s)
         if engine.last_apply_error and engine.last_apply_error != old_error:
             changes.append(_apply_failed(engine, report))

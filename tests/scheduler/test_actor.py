@@ -328,6 +328,39 @@ def test_a_lost_store_is_rebuilt_from_what_engines_run(tmp_path: Path) -> None:
     run(body)
 
 
+@pytest.mark.parametrize("ahead", [1_000_001, 1 << 53, 1 << 62, (1 << 64) - 1])
+def test_an_absurd_revision_of_one_engine_does_not_shut_the_others_out(tmp_path: Path, ahead: int) -> None:
+    async def body() -> None:
+        async with scheduler_in(tmp_path) as scheduler:
+            good, bad = Workers("good"), Workers("bad")
+            assert await hear(scheduler, good) == []
+            for held, live, placement in ((ahead, ahead, 0), (ahead, 0, 0), (0, ahead, 0), (0, 0, ahead)):
+                report = msgspec.structs.replace(
+                    bad.reports()[0], held_revision=held, live_revision=live, live_placement=placement
+                )
+                (why,) = (await scheduler.report([encode(report)], 0))["refused"]
+                assert why.startswith("revision: ")
+            await scheduler.patch_settings({"watchdog_s": 50}, "me", wait_s=0)
+            for _ in range(3):
+                assert await hear(scheduler, good) == await hear(scheduler, bad) == []
+            assert good.live_revision == bad.live_revision == 1
+            assert [revision["number"] for revision in await scheduler.revisions()] == [1]
+
+    run(body)
+
+
+def test_revisions_of_a_lost_store_are_believed_far_above_what_is_known(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with scheduler_in(tmp_path) as scheduler:
+            for step, name in enumerate(("one", "two"), start=1):
+                workers = Workers(name)
+                workers.held_revision = workers.live_revision = step * 900_000
+                assert await hear(scheduler, workers) == await hear(scheduler, workers) == []
+            assert (await scheduler.status())["desired_revision"] == 1_800_001
+
+    run(body)
+
+
 def test_without_a_store_engines_are_seen_but_nothing_changes(tmp_path: Path) -> None:
     async def body() -> None:
         async with scheduler_in(tmp_path), scheduler_in(tmp_path) as second:
