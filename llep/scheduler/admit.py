@@ -45,6 +45,8 @@ LARGEST_REVISION = 1 << 53  # whole in JSON and JavaScript
 MOST_REVISIONS_AHEAD = 1_000_000  # of all that the scheduler or another engine knows
 _LARGEST = {"ep_size": 1 << 14, "tp_size": 1 << 14, "dp_size": 1 << 14, "num_experts": 1 << 16, "top_k": 1 << 16}
 _LARGEST_NUM_LAYERS = 10_000
+MOST_CELLS = 1 << 20  # layers x experts, and layers x ranks: DeepSeek V3 has 58 x 256
+_SIZES = ("slots_per_rank", "bytes_per_slot", "replica_slots_per_rank", "ranks_per_node", "max_model_len")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +104,20 @@ def start_settings(info: EngineInfo) -> Settings:
     for key, largest in _LARGEST.items():
         if not 1 <= getattr(info, key) <= largest:
             raise Refused(Refusal.ENGINE, f"{key}={getattr(info, key)} is not between 1 and {largest}")
-    for key in ("replica_slots_per_rank", "ranks_per_node"):
+    for key in _SIZES:
         if not 0 <= getattr(info, key) <= LARGEST_COUNT:
             raise Refused(Refusal.ENGINE, f"{key}={getattr(info, key)} is not between 0 and 2^62")
-    if not 1 <= len(info.layer_numbers) <= _LARGEST_NUM_LAYERS:
+    slots = info.ep_size * (info.slots_per_rank + info.replica_slots_per_rank)
+    if slots * max(info.bytes_per_slot, 1) > LARGEST_COUNT:
+        raise Refused(Refusal.ENGINE, f"{slots} slots of {info.bytes_per_slot} bytes are above 2^62 bytes")
+    num_layers = len(info.layer_numbers)
+    if not 1 <= num_layers <= _LARGEST_NUM_LAYERS:
+        raise Refused(Refusal.ENGINE, f"{num_layers} MoE layers is not between 1 and {_LARGEST_NUM_LAYERS}")
+    if num_layers * max(info.num_experts, info.ep_size) > MOST_CELLS:
         raise Refused(
-            Refusal.ENGINE, f"{len(info.layer_numbers)} MoE layers is not between 1 and {_LARGEST_NUM_LAYERS}"
+            Refusal.ENGINE,
+            f"{num_layers} MoE layers of {info.num_experts} experts on {info.ep_size} ranks are above {MOST_CELLS} "
+            "counts of each kind",
         )
     return parse_settings(info.settings)
 

@@ -18,6 +18,7 @@ class Kept(Protocol):
     """Rows of the past, at steps of time."""
 
     step_s: float
+    most_bytes: int  # when all rows are there
 
     def __len__(self) -> int: ...
 
@@ -45,7 +46,8 @@ class Increments:
 
     def __init__(self, step_s: float, capacity: int, width: int, dtype: type[np.unsignedinteger[Any]]) -> None:
         self.step_s = step_s
-        capacity = max(min(capacity, MOST_BYTES // (width * np.dtype(dtype).itemsize)), FEWEST_ROWS)
+        capacity = _most_rows(capacity, width, dtype)
+        self.most_bytes = capacity * width * np.dtype(dtype).itemsize
         self._times: deque[float] = deque(maxlen=capacity)
         self._added: deque[Rows] = deque(maxlen=capacity - 1)  # by each row but the oldest
         self._newest: Rows = np.zeros(width, dtype=dtype)
@@ -81,10 +83,10 @@ class Ring:
 
     def __init__(self, step_s: float, capacity: int, width: int, dtype: type[np.generic] = np.float64) -> None:
         self.step_s = step_s
-        # An engine of absurd size gets a shorter memory, not more of it.
-        capacity = max(min(capacity, MOST_BYTES // (width * np.dtype(dtype).itemsize)), FEWEST_ROWS)
+        capacity = _most_rows(capacity, width, dtype)
         self._times = np.zeros(capacity)
         self._rows: Rows = np.zeros((capacity, width), dtype=dtype)  # untouched pages take no memory
+        self.most_bytes = self._rows.nbytes
         self._count = 0
 
     def __len__(self) -> int:
@@ -126,3 +128,8 @@ class Ring:
     def _order(self) -> npt.NDArray[np.int64]:
         length = len(self)
         return (np.arange(length) + (self._count - length)) % len(self._times)
+
+
+def _most_rows(wanted: int, width: int, dtype: type[np.generic]) -> int:
+    """An engine of absurd size gets a shorter memory, not more of it."""
+    return max(min(wanted, MOST_BYTES // (width * np.dtype(dtype).itemsize)), FEWEST_ROWS)

@@ -150,6 +150,11 @@ class Totals:
         self.newest_experts: npt.NDArray[np.uint32] = np.zeros(width, dtype=np.uint32)
 
     @property
+    def most_bytes(self) -> int:
+        """What it takes when all rows are there."""
+        return sum(kept.most_bytes for kept in (*self._rings, *self._expert_rings))
+
+    @property
     def is_empty(self) -> bool:
         return not len(self._rings[0])
 

@@ -38,6 +38,7 @@ RECENT_S = 180.0
 MOST_PLANS = 200  # sampled plans that are kept of an engine
 HOT_RATIO = 1.5  # share / fair share from which an expert is hot
 MOST_ENGINES = 4096
+MOST_WINDOW_BYTES = 4 << 30  # of all engines, their rings full: those of 370 engines of DeepSeek V3's size
 REPLACED_REMEMBERED = 16
 MOST_DISPUTED = 5  # reports of a rank that are refused in a row for being less than what it said before
 
@@ -171,7 +172,9 @@ class Windows:
         is_recent = now_s - seen_s < RECENT_S
         state = EngineState.STARTING if is_recent else EngineState.STALE
         since_s = now_s if is_recent else seen_s
-        self.engines[info.engine] = Engine(info, incarnation, start_settings(info), state, since_s)
+        engine = Engine(info, incarnation, start_settings(info), state, since_s)
+        self._check_room(engine)
+        self.engines[info.engine] = engine
 
     def take(
         self, report: Report, now_s: float, desired_interval_s: float = 0.0, stored_revision: int = 0
@@ -207,18 +210,14 @@ class Windows:
                 f"another engine named {known.info.engine!r} has started since; give each engine a name of its own "
                 "with LLEP_ENGINE",
             )
-        engine = known
         if known is None or report.incarnation != known.incarnation:
-            engine = self._new_engine(known, report, now_s)
-        assert engine is not None
-        before = engine.reports.get(report.rank)
-        try:
-            found = _check(engine, report, before)
-        except Refused as refused:
-            if refused.reason not in DISPUTES or engine.disputed[report.rank] < MOST_DISPUTED:
-                raise
-            before, found = None, _check(engine, report, None)
-        changes = [] if engine is known else [*_restart(known, engine)]
+            start = start_settings(report.info)
+            before, found = None, _check(report, None, None)  # all of it, before memory is taken
+            engine = self._new_engine(known, report, start, now_s)
+            changes = _restart(known, engine)
+        else:
+            engine, changes = known, []
+            before, found = _check_known(known, report)
         if before is None and report.rank in engine.reports:
             changes.append(_believed_anew(engine, report))
         changes += _new_errors(engine, report)
@@ -230,35 +229,57 @@ class Windows:
             changes.append(_apply_failed(engine, report))
         return changes + _follow_state(engine, now_s, desired_interval_s)
 
-    def _new_engine(self, known: Engine | None, report: Report, now_s: float) -> Engine:
-        if known is None and len(self.engines) >= MOST_ENGINES:
-            raise Refused(
-                Refusal.ENGINE, f"{MOST_ENGINES} engines are known already; names must not change at each start"
-            )
-        engine = Engine(report.info, report.incarnation, start_settings(report.info), EngineState.STARTING, now_s)
+    def _new_engine(self, known: Engine | None, report: Report, start: Settings, now_s: float) -> Engine:
+        engine = Engine(report.info, report.incarnation, start, EngineState.STARTING, now_s)
+        self._check_room(engine)
         if known is not None:
             engine.refused, engine.lost, engine.doubled = known.refused, known.lost, known.doubled
             engine.replaced.extend([*known.replaced, known.incarnation])
         return engine
+
+    def _check_room(self, engine: Engine) -> None:
+        """Raises Refused where this engine, new or started anew, would be one too many."""
+        others = [other for name, other in self.engines.items() if name != engine.info.engine]
+        if len(others) >= MOST_ENGINES:
+            raise Refused(
+                Refusal.ENGINE, f"{MOST_ENGINES} engines are known already; names must not change at each start"
+            )
+        if sum(other.totals.most_bytes for other in [*others, engine]) > MOST_WINDOW_BYTES:
+            raise Refused(
+                Refusal.ENGINE,
+                f"the windows of all engines would be above {MOST_WINDOW_BYTES} bytes: give some of them a scheduler "
+                "of their own (LLEP_RAY_NAMESPACE)",
+            )
 
 
 def _is_doubled(before: Report | None, report: Report) -> bool:
     return before is not None and before.seq == report.seq and before == report
 
 
-def _check(engine: Engine, report: Report, before: Report | None) -> Counters:
-    """All that is counted in a report that goes on where `before` stopped. Raises Refused."""
+def _check_known(engine: Engine, report: Report) -> tuple[Report | None, Counters]:
+    """The report on which this one goes on, and what it counts. Raises Refused."""
     if not is_one_engine(report.info, engine.info):
         raise Refused(Refusal.ENGINE, f"rank {report.rank} describes the engine otherwise than it was described before")
+    before = engine.reports.get(report.rank)
+    try:
+        return before, _check(report, before, engine.counted.get(report.rank))
+    except Refused as refused:
+        if refused.reason not in DISPUTES or engine.disputed[report.rank] < MOST_DISPUTED:
+            raise
+    return None, _check(report, None, None)
+
+
+def _check(report: Report, before: Report | None, counted: Counters | None) -> Counters:
+    """What a report counts that goes on where `before` stopped. Raises Refused."""
     if before is not None and report.seq <= before.seq:
         raise Refused(Refusal.ORDER, f"report {report.seq} of rank {report.rank} came after report {before.seq}")
     found = counters(report)
     if before is not None and before.group is not None and report.group is not None:
         if before.group.home_rank_LE != report.group.home_rank_LE:
             raise Refused(Refusal.ENGINE, "home ranks are others than before: they are fixed while an engine runs")
-    check_counters(found, engine.counted[report.rank] if before is not None else None)
+    check_counters(found, counted)
     if report.group is not None:
-        check_sums(found, engine.info.top_k)
+        check_sums(found, report.info.top_k)
     if before is None or before.live_settings != report.live_settings:
         parse_settings(report.live_settings)
     return found

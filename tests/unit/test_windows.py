@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -535,11 +536,47 @@ def test_a_report_of_an_older_protocol_is_known_as_one() -> None:
     assert refused.value.reason is Refusal.PROTOCOL
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    "changes", [{"ep_size": 0}, {"ep_size": 1 << 20}, {"num_experts": -1}, {"layer_numbers": ()}, {"engine": ""}]
+    "changes",
+    [
+        *({"ep_size": 0}, {"ep_size": 1 << 20}, {"num_experts": -1}, {"layer_numbers": ()}, {"engine": ""}),
+        *({"bytes_per_slot": -7}, {"slots_per_rank": -3}, {"replica_slots_per_rank": -1}, {"max_model_len": -1}),
+        {"layer_numbers": tuple(range(10_000)), "num_experts": 4096},
+        {"layer_numbers": tuple(range(10_000)), "ep_size": 1 << 14},
+        {"replica_slots_per_rank": 1 << 60},
+        {"slots_per_rank": 1 << 31, "bytes_per_slot": 1 << 31},
+    ],
 )
-def test_an_engine_that_can_not_be(changes: dict[str, Any]) -> None:
-    windows = Windows()
+def test_an_engine_that_can_not_be(changes: dict[str, Any], rank: int) -> None:
+    windows, report = Windows(), of_info(**changes)(Workers().report(rank))
+    tracemalloc.start()
     with pytest.raises(Refused) as refused:
-        windows.take(of_info(**changes)(Workers().report(0)), 0.0)
+        windows.take(report, 0.0)
+    most_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert refused.value.reason is Refusal.ENGINE and windows.engines == {}
+    assert most_bytes < 1 << 20
+
+
+def test_a_report_that_does_not_fit_its_own_engine_takes_no_memory() -> None:
+    windows, report = Windows(), of_info(layer_numbers=tuple(range(58)), num_experts=256)(Workers().report(0))
+    tracemalloc.start()
+    with pytest.raises(Refused) as refused:
+        windows.take(report, 0.0)
+    most_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refused.value.reason is Refusal.SHAPE and windows.engines == {} and most_bytes < 1 << 20
+
+
+def test_memory_is_bounded_over_all_engines() -> None:
+    windows = Windows()
+    huge = dict(layer_numbers=tuple(range(58)), num_experts=2560, ep_size=2560)
+    with pytest.raises(Refused, match="windows of all engines") as refused:
+        for number in range(100):
+            windows.take(of_info(engine=str(number), **huge)(Workers().report(1)), 0.0)
+    assert refused.value.reason is Refusal.ENGINE and 10 < len(windows.engines) < 50
+    with pytest.raises(Refused, match="windows of all engines"):
+        windows.restore(of_info(engine="one more", **huge)(Workers().report(1)).info, "x", 0.0, 0.0)
+    again = of_info(engine="0", **huge)(Workers().report(1))
+    assert [change.kind for change in windows.take(again, 1.0)] == [EventKind.ENGINE_RESTARTED]
