@@ -40,6 +40,7 @@ HOT_RATIO = 1.5  # share / fair share from which an expert is hot
 MOST_ENGINES = 4096
 MOST_WINDOW_BYTES = 4 << 30  # of all engines, their rings full: those of 370 engines of DeepSeek V3's size
 REPLACED_REMEMBERED = 16
+ERROR_EVENT_EVERY_S = 60.0  # of each kind of error of an engine
 MOST_DISPUTED = 5  # reports of a rank that are refused in a row for being less than what it said before
 
 
@@ -82,6 +83,7 @@ class Engine:
     refused: Counter[str] = field(default_factory=Counter)
     lost: int = 0  # reports, by the gaps in their numbers
     doubled: int = 0
+    told_errors: dict[str, tuple[int, float]] = field(default_factory=dict)  # kind -> how many, when it was an event
     disputed: Counter[int] = field(default_factory=Counter)  # reports of each rank, refused in a row
     settled_s: float = 0.0  # since when it runs the settings that are live; placements come and go under them
     placed_s: float = 0.0  # since when it runs the placement that is live
@@ -154,6 +156,10 @@ class Engine:
             return EngineState.STALE
         return EngineState.LIVE if len(self.reports) == self.info.ep_size else EngineState.STARTING
 
+    def may_tell(self, error: str, now_s: float) -> bool:
+        """Whether that kind of error has not been an event just now."""
+        return error not in self.told_errors or now_s - self.told_errors[error][1] >= ERROR_EVENT_EVERY_S
+
     def _least(self, key: str) -> int:
         if len(self.reports) < self.info.ep_size:
             return 0
@@ -195,6 +201,7 @@ class Windows:
         """Let time pass: engines become stale, and those stale for a day are forgotten."""
         changes = []
         for name, engine in list(self.engines.items()):
+            changes += _new_errors(engine, now_s)
             changes += _follow_state(engine, now_s, desired_interval_s.get(name, 0.0))
             if engine.state is EngineState.STALE and now_s - engine.last_seen_s > FORGET_AFTER_S:
                 del self.engines[name]
@@ -220,11 +227,13 @@ class Windows:
             before, found = _check_known(known, report)
         if before is None and report.rank in engine.reports:
             changes.append(_believed_anew(engine, report))
-        changes += _new_errors(engine, report)
         old_error = engine.last_apply_error
         self.engines[report.info.engine] = engine
         self._told_revision = max(self._told_revision, report.held_revision)
         _put(engine, report, before, found, now_s)
+        had = before.errors if before is not None else {}
+        if any(count > had.get(kind, 0) and engine.may_tell(kind, now_s) for kind, count in report.errors.items()):
+            changes += _new_errors(engine, now_s)
         if engine.last_apply_error and engine.last_apply_error != old_error:
             changes.append(_apply_failed(engine, report))
         return changes + _follow_state(engine, now_s, desired_interval_s)
@@ -381,20 +390,25 @@ def _believed_anew(engine: Engine, report: Report) -> Change:
     return Change(EventKind.REPORT_REFUSED, name, message, {"rank": report.rank, "refused": MOST_DISPUTED})
 
 
-def _new_errors(engine: Engine, report: Report) -> list[Change]:
-    """One for each kind of error that this rank has counted more of than it had said."""
-    before = engine.reports[report.rank].errors if report.rank in engine.reports else {}
-    name = engine.info.engine
-    return [
-        Change(
-            EventKind.ENGINE_ERROR,
-            name,
-            f"rank {report.rank} of engine {name}: {kind}, {count} times so far; its log says more",
-            {"rank": report.rank, "error": kind, "count": count},
-        )
-        for kind, count in sorted(report.errors.items())
-        if count > before.get(kind, 0)
-    ]
+def _new_errors(engine: Engine, now_s: float) -> list[Change]:
+    """One for each kind of error of which there are more than was told, and that was not told just now."""
+    by_kind: dict[str, dict[int, int]] = {}
+    for rank, report in sorted(engine.reports.items()):
+        for kind, count in report.errors.items():
+            by_kind.setdefault(kind, {})[rank] = count
+    changes, name = [], engine.info.engine
+    for kind, by_rank in sorted(by_kind.items()):
+        count = sum(by_rank.values())
+        told, _ = engine.told_errors.get(kind, (0, 0.0))
+        if count > told and engine.may_tell(kind, now_s):
+            engine.told_errors[kind] = count, now_s
+            ranks = [rank for rank, its in by_rank.items() if its]
+            where = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+            message = f"engine {name}: {kind}, {count} times so far, on {where}; its log says more"
+            changes.append(
+                Change(EventKind.ENGINE_ERROR, name, message, {"ranks": ranks, "error": kind, "count": count})
+            )
+    return changes
 
 
 def _apply_failed(engine: Engine, report: Report) -> Change:

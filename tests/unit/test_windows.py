@@ -284,15 +284,26 @@ def test_a_refused_directive_is_an_event_once() -> None:
     assert windows.engines["tiny"].last_apply_error == "slots_per_rank can't change"
 
 
-def test_an_error_of_a_rank_is_an_event_each_time_there_are_more() -> None:
+def test_errors_are_an_event_once_a_minute_for_each_kind() -> None:
     windows, workers = Windows(), Workers()
     hear(windows, workers, 0)
-    workers.errors = {"verify/output_differs": 1}
-    assert hear(windows, workers, 1) == [EventKind.ENGINE_ERROR] * 2
-    assert hear(windows, workers, 2) == []
-    workers.errors = {"verify/output_differs": 3}
-    (change, _) = [change for report in workers.reports() for change in windows.take(report, 3)]
-    assert change.message.startswith("rank 0 of engine tiny: verify/output_differs, 3 times so far")
+    changes = []
+    for now_s in range(1, 100):
+        workers.errors = {"verify/output_differs": now_s, **({"plan/failed": 1} if now_s > 5 else {})}
+        reports = workers.reports()
+        for report in reports if now_s > 1 else reports[1:]:
+            changes += [(now_s, change) for change in windows.take(report, now_s)]
+        changes += [(now_s, change) for change in windows.tick(now_s, {})]
+    changes += [(now_s, change) for now_s in range(100, 200) for change in windows.tick(now_s, {"tiny": 1e3})]
+    assert {change.kind for _, change in changes} == {EventKind.ENGINE_ERROR}
+    assert [(now_s, change.data["error"], change.data["count"], change.data["ranks"]) for now_s, change in changes] == [
+        *((1, "verify/output_differs", 1, [1]), (6, "plan/failed", 1, [0])),
+        *((61, "verify/output_differs", 61 + 60, [0, 1]), (66, "plan/failed", 2, [0, 1])),
+        (121, "verify/output_differs", 2 * 99, [0, 1]),
+    ]
+    assert changes[2][1].message == (
+        "engine tiny: verify/output_differs, 121 times so far, on ranks 0, 1; its log says more"
+    )
 
 
 def test_a_doubled_report_does_no_harm() -> None:
