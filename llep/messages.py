@@ -264,6 +264,7 @@ class SchedulerSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot
     protocol: int
     time_s: float
     store_open: bool
+    refused: dict[str, int]  # reason -> reports refused, of no engine that is known
     engines: tuple[EngineSnapshot, ...]
 
 
@@ -272,6 +273,7 @@ class _SnapshotPieces(msgspec.Struct, frozen=True, tag="snapshot"):
 
     time_s: float
     store_open: bool
+    refused: dict[str, int]
     engines: tuple[msgspec.Raw, ...]
 
 
@@ -340,7 +342,13 @@ def decode_snapshot(data: bytes) -> SchedulerSnapshot:
     # Engine by engine: in one piece no other thread would run for as long as 64 of them take.
     pieces = _pieces_decoder.decode(_open(data))
     engines = tuple(map(_engine_decoder.decode, pieces.engines))
-    return SchedulerSnapshot(protocol=PROTOCOL, time_s=pieces.time_s, store_open=pieces.store_open, engines=engines)
+    return SchedulerSnapshot(
+        protocol=PROTOCOL,
+        time_s=pieces.time_s,
+        store_open=pieces.store_open,
+        refused=pieces.refused,
+        engines=engines,
+    )
 
 
 def _open(data: bytes) -> memoryview:

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import zmq.asyncio
 
 from llep.errors import LlepError, SchedulerUnreachable
 from llep.messages import ReportHeader, decode_directive, decode_header
+from llep.scheduler.admit import Refusal
 from llep.scheduler.client import SchedulerClient
 from llep.scheduler.uploads import Uploads
 from llep.spool import spool_dir
@@ -75,6 +77,7 @@ class Agent:
         self._has_news = asyncio.Event()
         self._heard_s = time.monotonic()
         self._complaints: set[str] = set()
+        self._left_out: Counter[str] = Counter()  # reports that can't be brought, by Refusal; not yet told
 
     @property
     def silent_s(self) -> float:
@@ -93,10 +96,11 @@ class Agent:
             try:
                 header = decode_header(frames[-1])
             except ValueError as error:
-                self._complain(f"a worker's report is garbled and left out: {error}")
+                self._leave_out(Refusal.GARBLED, f"a worker's report is garbled and left out: {error}")
                 continue
             if header.info.engine != self._engine:
-                self._complain(f"a report of engine {header.info.engine} came to the agent of {self._engine}: left out")
+                why = f"a report of engine {header.info.engine} came to the agent of {self._engine}: left out"
+                self._leave_out(Refusal.ENGINE, why)
                 continue
             await self._take(identity, header, frames[-1])
 
@@ -107,15 +111,18 @@ class Agent:
             await asyncio.sleep(GATHER_S)
             self._has_news.clear()
             batch = [worker for worker in self._workers.values() if worker.is_new and worker.is_fresh]
-            if not batch:
+            if not batch and not self._left_out:
                 continue
             for worker in batch:
                 worker.is_new = False
+            left_out, self._left_out = self._left_out, Counter()
             try:
                 # Rank 0 last: with its report the scheduler adds up what the ranks have said.
                 reports = [worker.report for worker in sorted(batch, key=lambda worker: -worker.header.rank)]
-                answer = await self._client.call("report", reports, self._revision, timeout_s=REPORT_TIMEOUT_S)
+                arguments = (reports, self._revision, *([dict(left_out)] if left_out else []))
+                answer = await self._client.call("report", *arguments, timeout_s=REPORT_TIMEOUT_S)
             except LlepError as error:
+                self._left_out += left_out
                 self._say_why(error)
                 await self._bring_all_again()
                 continue
@@ -182,6 +189,11 @@ class Agent:
     def _say_why(self, error: LlepError) -> None:
         if not isinstance(error, SchedulerUnreachable):  # the client says that itself, once
             self._complain(error.message)
+
+    def _leave_out(self, reason: Refusal, why: str) -> None:
+        self._complain(why)
+        self._left_out[str(reason)] += 1
+        self._has_news.set()
 
     def _complain(self, message: str) -> None:
         """Once for each message."""

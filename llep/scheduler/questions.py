@@ -154,8 +154,8 @@ class Questions(Core):
             reports_total=self._reports_total,
             reports_refused_total=self._refused.total(),
             reports_refused=dict(self._refused),
-            reports_lost=sum(engine.lost for engine in self._windows.engines.values()),
-            reports_doubled=sum(engine.doubled for engine in self._windows.engines.values()),
+            reports_lost=self._windows.lost,
+            reports_doubled=self._windows.doubled,
             orders_refused=dict(self._orders_refused),
         )
         return status.model_dump(mode="json")
@@ -164,8 +164,14 @@ class Questions(Core):
         """An encoded SchedulerSnapshot."""
         self._tick()
         engines = tuple(self._snapshot(engine) for _, engine in sorted(self._windows.engines.items()))
-        store_open = not self._journal.problem
-        return encode(SchedulerSnapshot(protocol=PROTOCOL, time_s=time.time(), store_open=store_open, engines=engines))
+        snapshot = SchedulerSnapshot(
+            protocol=PROTOCOL,
+            time_s=time.time(),
+            store_open=not self._journal.problem,
+            refused=dict(self._windows.refused),
+            engines=engines,
+        )
+        return encode(snapshot)
 
     def _snapshot(self, engine: Engine) -> EngineSnapshot:
         name, reports = engine.info.engine, [report for _, report in sorted(engine.reports.items())]

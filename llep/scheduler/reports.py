@@ -8,7 +8,7 @@ from typing import Any
 
 from llep.errors import SettingsError, StoreUnavailable
 from llep.messages import PROTOCOL, Directive, PlacementOrder, Report, decode_header, encode
-from llep.scheduler.admit import LONGEST_NAME, Refused, decode
+from llep.scheduler.admit import LONGEST_NAME, Refusal, Refused, decode
 from llep.scheduler.core import Core
 from llep.scheduler.desired import adopted_patch
 from llep.scheduler.journal import LLEP
@@ -26,12 +26,20 @@ UNKNOWN_POLL_S = 1.0
 class Reports(Core):
     """Hears engines, and tells them what they should run."""
 
-    async def report(self, reports: list[bytes], known_revision: int) -> dict[str, Any]:
+    async def report(
+        self, reports: list[bytes], known_revision: int, left_out: dict[str, int] | None = None
+    ) -> dict[str, Any]:
         """Take encoded Reports of one engine. Answers {"directive": bytes or None, "refused": [why, ...]}.
 
-        The directive is there if one newer than `known_revision` applies to the engine.
+        The directive is there if one newer than `known_revision` applies to the engine. left_out: how many reports the
+        agent could not bring, by Refusal.
         """
         self._keep_ticking()
+        for reason in Refusal:
+            if count := (left_out or {}).get(reason, 0):
+                self._reports_total += count
+                self._refused[reason] += count
+                self._windows.count_refusal(None, reason, count)
         refused, engine = [], None
         for data in reports:
             self._reports_total += 1
@@ -132,5 +140,7 @@ class Reports(Core):
             engine = decode_header(data).info.engine[:LONGEST_NAME]
         except ValueError:
             engine = None
+        if refusal.reason in (Refusal.GARBLED, Refusal.PROTOCOL):  # the windows count the others
+            self._windows.count_refusal(engine, refusal.reason)
         message = f"a report{f' of engine {engine}' if engine else ''} is refused ({refusal.reason}): {refusal}"
         self._note_once((engine or "", refusal.reason), EventKind.REPORT_REFUSED, message, engine)

@@ -171,7 +171,22 @@ class Windows:
 
     def __init__(self) -> None:
         self.engines: dict[str, Engine] = {}
+        self.refused: Counter[str] = Counter()  # reports of no engine that is known
         self._told_revision = 0  # the highest that any engine has received
+        self._forgotten_lost = self._forgotten_doubled = 0
+
+    @property
+    def lost(self) -> int:
+        """Reports that never came, of all engines there have been."""
+        return self._forgotten_lost + sum(engine.lost for engine in self.engines.values())
+
+    @property
+    def doubled(self) -> int:
+        return self._forgotten_doubled + sum(engine.doubled for engine in self.engines.values())
+
+    def count_refusal(self, engine: str | None, reason: Refusal, count: int = 1) -> None:
+        known = self.engines.get(engine or "")
+        (self.refused if known is None else known.refused)[reason] += count
 
     def restore(self, info: EngineInfo, incarnation: str, seen_s: float, now_s: float) -> None:
         """Remember an engine from before: starting, if it may well be there still, else stale. Raises Refused."""
@@ -191,10 +206,9 @@ class Windows:
             check_revisions(report, self._told_revision, stored_revision)
             return self._take(known, report, now_s, desired_interval_s)
         except Refused as refused:
-            if known is not None:
-                known.refused[refused.reason] += 1
-                if refused.reason in DISPUTES and report.incarnation == known.incarnation:
-                    known.disputed[report.rank] += 1
+            self.count_refusal(report.info.engine, refused.reason)
+            if refused.reason in DISPUTES and known is not None and report.incarnation == known.incarnation:
+                known.disputed[report.rank] += 1
             raise
 
     def tick(self, now_s: float, desired_interval_s: Mapping[str, float]) -> list[Change]:
@@ -205,6 +219,8 @@ class Windows:
             changes += _follow_state(engine, now_s, desired_interval_s.get(name, 0.0))
             if engine.state is EngineState.STALE and now_s - engine.last_seen_s > FORGET_AFTER_S:
                 del self.engines[name]
+                self._forgotten_lost += engine.lost
+                self._forgotten_doubled += engine.doubled
         return changes
 
     def _take(self, known: Engine | None, report: Report, now_s: float, desired_interval_s: float) -> list[Change]:

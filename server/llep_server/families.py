@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
 from prometheus_client.core import (
@@ -164,9 +164,12 @@ def _errors(engine: ScrapedEngine) -> Iterable[Sample]:
         for name, count in report.errors.items():
             component, _, kind = name.partition("/")
             totals[component, kind] = totals.get((component, kind), 0) + count
-    for reason, count in engine.snapshot.refused.items():
-        totals["scheduler", f"report_{reason}"] = count
-    return totals.items()
+    return [*totals.items(), *refusals(engine.snapshot.refused)]
+
+
+def refusals(refused: Mapping[str, int]) -> Iterable[Sample]:
+    """Samples of llep_errors_total, of reports that the scheduler refused by reason."""
+    return ((("scheduler", f"report_{reason}"), count) for reason, count in refused.items())
 
 
 def _layer_imbalance(engine: ScrapedEngine) -> Iterable[Sample]:
@@ -509,7 +512,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "llep_errors_total",
         CounterMetricFamily,
-        "Errors on the way, by component and type.",
+        "Errors on the way, by component and type; model_name is empty for reports of an engine that isn't known.",
         ("component", "type"),
         Level.RANK,
         _errors,

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 from prometheus_client.core import GaugeMetricFamily
@@ -13,7 +14,7 @@ from prometheus_client.exposition import choose_encoder
 
 from llep.config import MetricsLevel, Settings
 from llep.errors import LlepError
-from llep_server.families import FAMILIES, SCHEDULER_FAMILIES
+from llep_server.families import FAMILIES, SCHEDULER_FAMILIES, refusals
 from llep_server.samples import LEVELS, Level, Sample, ScrapedEngine, Shown
 from llep_server.scheduler import Scheduler
 from llep_server.slices import sliced
@@ -70,6 +71,9 @@ class Exposition:
         async for engine in sliced(snapshot.engines):
             if engine.speaker:
                 collection.add(ScrapedEngine.of(engine))
+            else:
+                collection.add_refusals(engine.engine, engine.refused)
+        collection.add_refusals("", snapshot.refused)
         self._warn(collection.dropped)
         return [
             _scheduler_gauge("llep_scheduler_up", True),
@@ -112,6 +116,11 @@ class Collection:
             found = list(family.read(engine)) if family.level is Level.ALWAYS else samples[family.name]
             if found:
                 self._families[family.name].by_engine.append((names, found))
+
+    def add_refusals(self, engine: str, refused: Mapping[str, int]) -> None:
+        """Reports that were refused, where nothing else is known of their engine."""
+        if refused:
+            self._families["llep_errors_total"].by_engine.append((("", engine), list(refusals(refused))))
 
 
 def _samples_within_budget(engine: ScrapedEngine) -> tuple[dict[str, list[Sample]], Level, Level]:

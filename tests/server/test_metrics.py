@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
@@ -19,7 +20,7 @@ from prometheus_client.registry import Collector
 from reporting import BYTES_PER_SLOT, Engine
 from running import Running, start
 
-from llep.messages import EngineSnapshot, rank_snapshot, without_experts
+from llep.messages import EngineSnapshot, encode, rank_snapshot, without_experts
 from llep_server.config import ServerConfig
 from llep_server.families import FAMILIES, SCHEDULER_FAMILIES
 from llep_server.metrics import Collection
@@ -341,6 +342,23 @@ def test_refused_reports_and_refused_settings_are_seen(running: Running) -> None
     page = scrape(running)
     assert page.sum("llep_errors_total", component="scheduler", type="report_order") == 2
     assert page.sum("llep_settings_last_apply_successful") == 0
+
+
+def test_refused_reports_of_nobody_are_seen_too(running: Running) -> None:
+    engine = Engine()
+    old = encode(msgspec.structs.replace(engine.reports()[0], protocol=9))
+    bad = encode(msgspec.structs.replace(engine.reports()[0], step=-1))
+    answer = running.await_(running.caller.scheduler.report([b"nonsense", old, bad], 0))
+    assert [why.partition(":")[0] for why in answer["refused"]] == ["garbled", "protocol", "count"]
+    page = scrape(running)
+    for reason in ("garbled", "protocol", "count"):
+        nobody = {"model_name": "", "engine": "", "component": "scheduler"}
+        assert page.sum("llep_errors_total", type=f"report_{reason}", **nobody) == 1
+    running.report(engine)
+    running.await_(running.caller.scheduler.report([old], 0))
+    page = scrape(running)
+    assert page.sum("llep_errors_total", type="report_protocol", engine=engine.name) == 1
+    assert page.sum("llep_errors_total", type="report_protocol", engine="") == 1
 
 
 def test_the_revision_that_is_wanted_held_and_live(running: Running) -> None:

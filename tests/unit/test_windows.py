@@ -176,6 +176,8 @@ def test_lost_and_doubled_reports_are_counted() -> None:
         assert windows.take(report, 2) == []
     assert (engine.lost, engine.doubled) == (4, 2)
     assert loads(engine, 10, 2.0).tokens == 100
+    windows.tick(2.0 + FORGET_AFTER_S + 1, {})
+    assert windows.engines == {} and (windows.lost, windows.doubled) == (4, 2)  # totals never fall
 
 
 def test_machines_of_one_engine_may_have_their_settings_from_different_sources() -> None:
