@@ -37,6 +37,7 @@ GATHER_S = 0.01  # ranks report at about the same time: one call for all
 REPORT_TIMEOUT_S = 5.0
 POLL_S = 20.0
 RETRY_S = 0.5
+UNREADABLE_RETRY_S = 10.0  # a scheduler of another version answers at once, again and again
 LOOK_AROUND_EVERY_S = 0.5
 SILENCE_LIMIT_S = 1800.0
 LONGEST_SOCKET_PATH = 107  # of a unix socket on Linux
@@ -143,7 +144,8 @@ class Agent:
                 self._say_why(error)
                 await self._bring_all_again()
                 continue
-            await self._hand_out(directive)
+            if not await self._hand_out(directive):
+                await asyncio.sleep(UNREADABLE_RETRY_S)
 
     def spool(self) -> Path | None:
         """Where rank 0 keeps recordings, once it has reported here; None beside an engine's other machines."""
@@ -163,17 +165,22 @@ class Agent:
         if header.held_revision < self._revision and time.monotonic() - told_s > RESEND_AFTER_S:
             await self._send_directive(worker)
 
-    async def _hand_out(self, directive: bytes | None) -> None:
-        """Send a directive to every worker if it is newer than the last."""
+    async def _hand_out(self, directive: bytes | None) -> bool:
+        """Send a directive to every worker if it is newer than the last. Whether it could be read."""
         if directive is None:
-            return
-        revision = decode_directive(directive).revision
+            return True
+        try:
+            revision = decode_directive(directive).revision
+        except ValueError as error:
+            self._complain(f"a directive of the scheduler can't be read, the engine runs on as it is: {error}")
+            return False
         if revision <= self._revision:
-            return
+            return True
         logger.info("revision %d for engine %s", revision, self._engine)
         self._directive, self._revision = directive, revision
         for worker in self._workers.values():
             await self._send_directive(worker)
+        return True
 
     async def _send_directive(self, worker: Worker) -> None:
         worker.told_s = time.monotonic()

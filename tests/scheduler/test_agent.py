@@ -8,10 +8,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import pytest
 import zmq
 import zmq.asyncio
 
-from llep.messages import decode_snapshot, encode
+from llep.messages import decode_directive, decode_snapshot, encode
+from llep.scheduler import agent as agents
 from llep.scheduler.actor import Scheduler
 from llep.scheduler.agent import Agent, bind
 from tests.scheduler.peer import Workers
@@ -74,5 +77,35 @@ def test_what_the_agent_leaves_out_is_counted(short_folder: Path, tmp_path: Path
             assert await scheduler.engines() == []
             assert decode_snapshot(await scheduler.metrics()).refused == {"garbled": 2, "engine": 1}
             assert (await scheduler.status())["reports_total"] == 3
+
+    run(body)
+
+
+def test_a_directive_that_cant_be_read_is_waited_out(
+    short_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler of another version: the agent ended, was started again, and so on for ever."""
+    monkeypatch.setattr(agents, "UNREADABLE_RETRY_S", 0.2)
+
+    async def body() -> None:
+        async with scheduler_in(tmp_path) as scheduler, running(scheduler, short_folder / "2") as (caller, worker):
+            caller.spoil = lambda data: encode(msgspec.structs.replace(decode_directive(data), protocol=99))
+            for report in Workers("one").reports():
+                await worker.send(encode(report))
+            await scheduler.patch_settings({"watchdog_s": 50}, "me", wait_s=0)
+
+            async def has_asked_again() -> bool:
+                return caller.asked >= 3
+
+            await until(has_asked_again)
+            asked = caller.asked
+            await asyncio.sleep(0.5)
+            assert caller.asked <= asked + 3
+            assert [record.message for record in caplog.records if "protocol 99 is not" in record.message] == [
+                "a directive of the scheduler can't be read, the engine runs on as it is: protocol 99 is not 3: engine "
+                "and scheduler run different versions of llep"
+            ]
+            caller.spoil = bytes
+            assert decode_directive(await asyncio.wait_for(worker.recv(), 10)).settings["watchdog_s"] == 50
 
     run(body)
