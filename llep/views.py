@@ -340,6 +340,7 @@ class EventKind(StrEnum):
     REPORT_REFUSED = "report_refused"
     STORE_SET_ASIDE = "store_set_aside"
     SCHEDULER_STARTED = "scheduler_started"
+    CLOCK_JUMPED = "clock_jumped"
 
 
 class Event(View):
@@ -367,3 +368,4 @@ class SchedulerStatus(View):
     reports_lost: int = 0  # by the gaps in their numbers
     reports_doubled: int = 0
     orders_refused: dict[str, int] = {}  # rule that a placement broke -> count
+    clock_jumps: int = 0  # of the machine's wall clock

@@ -156,6 +156,7 @@ class Questions(Core):
             reports_refused=dict(self._refused),
             reports_lost=sum(engine.lost for engine in self._windows.engines.values()),
             reports_doubled=sum(engine.doubled for engine in self._windows.engines.values()),
+            clock_jumps=self._clock_jumps,
             orders_refused=dict(self._orders_refused),
         )
         return status.model_dump(mode="json")
