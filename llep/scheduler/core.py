@@ -29,6 +29,7 @@ REMEMBER_EVERY_S = 60.0
 CLOCK_JUMP_S = 2.0  # between two ticks; less is the clock being corrected
 REPEATED_EVENT_EVERY_S = 60.0
 MOST_REPEATED_KINDS = 1000
+HEAR_FIRST_S = 3.0
 MOST_AWAY = 200  # engines that are gone, whose own settings and placements wait for them
 MOST_ANSWERED = 1000  # rows of one answer
 
@@ -101,6 +102,12 @@ class Core:
             placement=placement,
         )
         self._desired_changed.fire()
+
+    async def _hear_first(self) -> None:
+        """After all that was stored is lost, what engines say they run is taken over before anybody changes it."""
+        left_s = self._journal.lost_s + HEAR_FIRST_S - time.monotonic()
+        if left_s > 0.0:
+            await asyncio.sleep(left_s)
 
     def _next_revision(self) -> int:
         """Above all that any engine has ever been told, also by a store that is lost."""

@@ -40,9 +40,11 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.desired = Desired()
         self.problem = "the store is not open yet"
+        self.lost_s = -math.inf  # monotonic time at which all that was stored turned out lost
         self._folder = folder
         self._store: Store | None = None
         self._waiting: deque[NewEvent] = deque(maxlen=MOST_EVENTS_WAITING)
+        self._is_set_aside = False  # a file was, and no other is open yet
         self._pruned_s = -math.inf
 
     def keep(self) -> list[KnownEngine]:
@@ -177,7 +179,7 @@ class Journal:
     def _open(self) -> list[KnownEngine]:
         """Open the store and take over what it knows; while that fails, say why, and go on without."""
         try:
-            self._store = Store(self._folder, on_set_aside=lambda path: self._waiting.append(_set_aside_event(path)))
+            self._store = Store(self._folder, on_set_aside=self._note_set_aside)
             engines = self._take_over(self._store)
         except (StoreUnavailable, Damaged) as error:
             if str(error) != self.problem:
@@ -187,17 +189,24 @@ class Journal:
         self.problem = ""
         return engines
 
+    def _note_set_aside(self, path: Path | None) -> None:
+        self._is_set_aside = True
+        self._waiting.append(_set_aside_event(path))
+
     def _take_over(self, store: Store) -> list[KnownEngine]:
         stored = store.desired().of_known_keys()
         is_lost = stored.revision < self.desired.revision
+        if self._is_set_aside and not self.desired.revision:
+            self.lost_s = time.monotonic()
         if is_lost:  # under us: what we hold in memory is the truth
-            if not any(event.kind is EventKind.STORE_SET_ASIDE for event in self._waiting):
+            if not self._is_set_aside:
                 self._waiting.append(_set_aside_event(None))
             store.append(*_written_again(self.desired))
         else:
             self.desired = stored
         engines = store.engines()
         self._write_waiting(store)
+        self._is_set_aside = False
         return engines
 
     def _write_waiting(self, store: Store) -> None:

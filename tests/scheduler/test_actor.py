@@ -460,3 +460,25 @@ def test_what_is_set_for_a_time_keeps_its_length_when_the_clock_jumps(
             assert value(await scheduler.settings("one"), "mode") == ("active", "environment")
 
     run(body)
+
+
+def test_a_change_right_after_the_state_was_lost_comes_on_top_of_what_engines_run(tmp_path: Path) -> None:
+    async def body() -> None:
+        workers = Workers("one")
+        async with scheduler_in(tmp_path) as scheduler:
+            hearing = asyncio.create_task(hear_for_ever(scheduler, workers))
+            await asyncio.sleep(0.1)
+            await scheduler.patch_settings({"mode": "shadow"}, "me")
+            await scheduler.patch_settings({"watchdog_s": 9}, "me")
+            hearing.cancel()
+        (tmp_path / FILE).write_bytes(b"damaged" * 1000)
+        async with scheduler_in(tmp_path) as scheduler:
+            changing = asyncio.create_task(scheduler.patch_settings({"watchdog_s": 8}, "me"))
+            await asyncio.sleep(0.5)
+            hearing = asyncio.create_task(hear_for_ever(scheduler, workers))
+            change = await changing
+            assert change["revision"] == 4 and change["diff"] == {"watchdog_s": [9, 8]}
+            assert (workers.live.mode, workers.live.watchdog_s) == ("shadow", 8)
+            hearing.cancel()
+
+    run(body)
