@@ -127,9 +127,7 @@ class WorthView(View):
 
 
 class EngineLoads(View):
-    """Loads over the last window_s (or what there is of it). Ratios are means over layer-steps; None without a step.
-    Lends, spilled tokens and decisions are not counted by step phase: always those of both.
-    """
+    """Loads over the last window_s (or what there is of it). Ratios are means over layer-steps; None without a step."""
 
     engine: str
     model_name: str
@@ -148,9 +146,7 @@ class EngineLoads(View):
 
 
 class HistoryPoint(View):
-    """Loads of one engine between the point before and time_s (unix). Ratios are None without a layer-step. Lends,
-    their bytes, phase_seconds and the predicted gain are not counted by step phase: always those of both.
-    """
+    """Loads of one engine between the point before and time_s (unix). Ratios are None without a layer-step."""
 
     time_s: float
     tokens: int
