@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.model_executor.layers.fused_moe import modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPrepareAndFinalizeNoDPEPModular
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
@@ -24,6 +25,20 @@ _SHARED_BY_EXPERTS = ("w13_input_scale", "w2_input_scale", "e_score_correction_b
 
 # Kernels that leave out the pairs whose expert a map says is elsewhere, under CUDA-graph capture too.
 _LEAVE_OUT = ("TritonExperts", "MarlinExperts", "OAITritonExperts", "UnfusedOAITritonExperts")
+
+# Kernels that take an id for a row of the weights they are given, however many rows there are. Others (FlashInfer's,
+# TensorRT-LLM's) take it for an expert of the whole model and look for it by the rank's own place, or keep sizes and
+# scales of the layer's own experts: with lent weights they would compute something else.
+_BY_ROW = (
+    *_LEAVE_OUT,
+    *("DeepGemmExperts", "TritonOrDeepGemmExperts"),
+    *("CPUUnquantizedExperts", "X86CPUUnquantizedExperts", "ArmCPUUnquantizedExperts", "PowerCPUUnquantizedExperts"),
+    *("CPUExpertsFp8", "CPUExpertsFp8W8A8", "CPUExpertsMxfp4", "CPUExpertsInt4", "CPUExpertsInt8"),
+)
+_OTHER_KERNEL = (
+    "choose another with --moe-backend (marlin for MXFP4, triton for FP8 and what is not quantized), or run without "
+    "llep (VLLM_PLUGINS='')"
+)
 
 # All of vLLM's workers that can sleep; the others derive from one of them.
 _WORKERS = (("vllm.v1.worker.gpu_worker", "Worker"), ("vllm.v1.worker.cpu_worker", "CPUWorker"))
@@ -116,8 +131,9 @@ class VllmExperts:
             **self._routed._parameters,
             **{name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in bank.items()},
         }
-        experts = copy.copy(_fused_experts(self._routed))
-        experts.quant_config = self._routed.quant_method.get_fused_moe_quant_config(view)
+        config = self._routed.quant_method.get_fused_moe_quant_config(view)
+        self._refuse_copies(config, bank)
+        experts = _with_config(_fused_experts(self._routed), config)
         self._other_kernels.append((bank, _local_kernel(experts)))
         self._prepare_map(bank)
 
@@ -177,6 +193,21 @@ class VllmExperts:
             return self._home_kernel
         return next(kernel for known, kernel in self._other_kernels if known is bank)
 
+    def _refuse_copies(self, config: FusedMoEQuantConfig | None, bank: Mapping[str, torch.Tensor]) -> None:
+        """Raise unless the kernel reads scales and biases where they are lent to: what vLLM makes of them ahead, of a
+        bank that is still empty, would never hear of what is lent."""
+        routed = self._routed
+        shared = [it for name, it in routed.named_parameters(recurse=False) if name in _SHARED_BY_EXPERTS]
+        known = {tensor.untyped_storage().data_ptr() for tensor in (*bank.values(), *shared)}
+        for part in () if config is None else (config._a1, config._a2, config._w1, config._w2):
+            for name, value in vars(part).items():
+                if isinstance(value, torch.Tensor) and value.ndim and value.untyped_storage().data_ptr() not in known:
+                    raise UnsupportedConfiguration(
+                        f"{type(routed.quant_method).__name__} gives {type(_fused_experts(routed)).__name__} a {name} "
+                        f"of shape {tuple(value.shape)} that is made of the weights ahead, so that it would be stale "
+                        f"once others are lent: {_OTHER_KERNEL}"
+                    )
+
     def _prepare_map(self, bank: Mapping[str, torch.Tensor]) -> None:
         """Every row is where it is, the one behind the last elsewhere. Made ahead: no capture copies from the host."""
         weights = bank["w13_weight"]
@@ -189,6 +220,16 @@ def _local_kernel(experts: mk.FusedMoEExpertsModular) -> mk.FusedMoEKernel:
     return mk.FusedMoEKernel(MoEPrepareAndFinalizeNoDPEPModular(), experts)
 
 
+def _with_config(experts: mk.FusedMoEExpertsModular, config: FusedMoEQuantConfig | None) -> mk.FusedMoEExpertsModular:
+    """The same kernel with other scales and biases; of one that chooses between two by the batch, both."""
+    made = copy.copy(experts)
+    made.quant_config = config
+    for name, value in vars(experts).items():
+        if isinstance(value, mk.FusedMoEExpertsModular):
+            setattr(made, name, _with_config(value, config))
+    return made
+
+
 def _fused_experts(routed_experts: Any) -> mk.FusedMoEExpertsModular:
     method = routed_experts.quant_method
     kernel = method.moe_kernel
@@ -198,8 +239,12 @@ def _fused_experts(routed_experts: Any) -> mk.FusedMoEExpertsModular:
     ):
         raise UnsupportedConfiguration(
             f"{type(method).__name__} computes its experts with {type(experts).__name__}, a monolithic or batched "
-            "kernel that llep can't give rows to: choose another with --moe-backend (triton, for one), or run without "
-            "llep (VLLM_PLUGINS='')"
+            f"kernel that llep can't give rows to: {_OTHER_KERNEL}"
+        )
+    if type(experts).__name__ not in _BY_ROW:
+        raise UnsupportedConfiguration(
+            f"{type(method).__name__} computes its experts with {type(experts).__name__}, which is not known to "
+            f"compute with lent weights what it computes with its own: {_OTHER_KERNEL}"
         )
     return experts
 
@@ -216,12 +261,12 @@ def _lendable(routed_experts: Any) -> dict[str, torch.Tensor]:
             raise UnsupportedConfiguration(
                 f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; llep lends tensors that have "
                 f"the {routed_experts.local_num_experts} local experts as their first dimension, each a stretch of "
-                "memory of its own: choose another --moe-backend"
+                f"memory of its own: {_OTHER_KERNEL}"
             )
     for name in ("w13_weight", "w2_weight"):
         if name not in weights:
             raise UnsupportedConfiguration(
-                f"{type(routed_experts.quant_method).__name__} keeps no {name} tensor that llep could lend: choose "
-                "another --moe-backend"
+                f"{type(routed_experts.quant_method).__name__} keeps no {name} tensor that llep could lend: "
+                f"{_OTHER_KERNEL}"
             )
     return weights
