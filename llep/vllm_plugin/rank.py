@@ -77,6 +77,15 @@ class RankLayer:
     number: int
     experts: VllmExperts
     placed: PlacedLayer
+    most_made_up: int = 0  # tokens of the largest made-up step so far
+
+    def is_largest_made_up(self, step: RankStep) -> bool:
+        """Whether the step is made up and larger than those before it: the same on all ranks, once for each step."""
+        tokens = step.step.tokens
+        if step.is_real or tokens <= self.most_made_up:
+            return False
+        self.most_made_up = tokens
+        return True
 
     @property
     def moe(self) -> LeastLoadedMoE:
@@ -415,10 +424,15 @@ class Rank:
         combined_TH: torch.Tensor = get_ep_group().combine(output_TH, is_dealt_out)
         return combined_TH
 
-    def rehearse_layer(self, layer: RankLayer, step: RankStep, *batch: torch.Tensor) -> torch.Tensor:
-        """run_layer in a step that is made up on all ranks. What may be captured later runs first, so that its kernels
-        are compiled and its memory is seen. Every rank enters it."""
-        self.run_captured(layer, *batch)
+    def rehearse_layer(self, layer: RankLayer, step: RankStep, is_largest: bool, *batch: torch.Tensor) -> torch.Tensor:
+        """run_layer in a step that is made up on all ranks. What may come later runs first, so that its kernels are
+        compiled and its memory is seen: what is captured, and in the largest step as many rows at a time as any
+        batch may have, with each bank. Every rank enters it, and in it no other collectives than theirs."""
+        if layer.placed.device_map is not None:
+            self.run_captured(layer, *batch)
+        if is_largest:
+            banks = (layer.experts.weights, layer.moe.pool.tensors, layer.placed.room.bank)
+            layer.moe.rehearse(batch[0], [bank for bank in banks if bank and len(bank["w13_weight"])])
         return self.run_layer(layer, step, *batch)
 
     def run_layer(
