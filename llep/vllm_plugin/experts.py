@@ -42,26 +42,43 @@ _OTHER_KERNEL = (
 
 # All of vLLM's workers that can sleep; the others derive from one of them.
 _WORKERS = (("vllm.v1.worker.gpu_worker", "Worker"), ("vllm.v1.worker.cpu_worker", "CPUWorker"))
+# What they are told to do to weights: not all of it goes through the experts' loader.
+_CHANGES = (
+    *("reload_weights", "reset_weights", "update_weights"),
+    *("start_weight_update", "start_draft_weight_update", "finish_weight_update"),
+)
 
 _num_loads = 0
+_is_asleep = False  # weights may have no memory
 _when_loaded: list[Callable[[], None]] = []
+_when_woken: list[Callable[[], None]] = []
 
 
 def count_loads() -> None:
     """Have vLLM tell whenever it loads weights of experts, also anew while serving, by whatever way."""
-    _count_calls(RoutedExperts, "weight_loader")
+    _wrap(RoutedExperts, "weight_loader", _telling)
 
 
-def count_wakes() -> None:
-    """Have the workers that are loaded tell when they wake up: what was asleep may have lost its weights."""
+def count_changes() -> None:
+    """Have the workers that are loaded tell when they change weights, sleep, or wake up: weights may be lost then."""
     for module, name in _WORKERS:
         if worker := getattr(sys.modules.get(module), name, None):
-            _count_calls(worker, "wake_up")
+            for change in _CHANGES:
+                _wrap(worker, change, _telling)
+            _wrap(worker, "sleep", _sleeping)
+            _wrap(worker, "discard", _discarding)
+            _wrap(worker, "wake_up", _waking)
 
 
 def when_loaded(tell: Callable[[], None]) -> None:
-    """Have tell() called with every load of an expert's weights and every wake-up, before it: often, so it is quick."""
+    """Have tell() called before every load of an expert's weights: often, so it is quick, and inside of vLLM's loaders,
+    which count and replace Tensor.copy_, so it uses none. Not while asleep."""
     _when_loaded.append(tell)
+
+
+def when_woken(tell: Callable[[], None]) -> None:
+    """Have tell() called once weights have their memory again, and maybe nothing that was in it."""
+    _when_woken.append(tell)
 
 
 def num_loads() -> int:
@@ -69,22 +86,57 @@ def num_loads() -> int:
     return _num_loads
 
 
-def _count_calls(owner: type, name: str) -> None:
+def _wrap(owner: type, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Harmless when repeated."""
     method = getattr(owner, name)
-    if hasattr(method, "is_counted_by_llep"):
-        return
+    if not hasattr(method, "is_wrapped_by_llep"):
+        wrapped = functools.wraps(method)(around(method))
+        wrapped.is_wrapped_by_llep = True  # type: ignore[attr-defined]
+        setattr(owner, name, wrapped)
 
-    @functools.wraps(method)
-    def counted(*args: Any, **kwargs: Any) -> Any:
+
+def _telling(method: Callable[..., Any]) -> Callable[..., Any]:
+    def changes(*args: Any, **kwargs: Any) -> Any:
         global _num_loads
         _num_loads += 1
-        for tell in _when_loaded:
-            tell()
+        if not _is_asleep:
+            for tell in _when_loaded:
+                tell()
         return method(*args, **kwargs)
 
-    counted.is_counted_by_llep = True  # type: ignore[attr-defined]
-    setattr(owner, name, counted)
+    return changes
+
+
+def _sleeping(method: Callable[..., Any]) -> Callable[..., Any]:
+    def sleep(*args: Any, **kwargs: Any) -> Any:
+        global _is_asleep
+        _is_asleep = True
+        return method(*args, **kwargs)
+
+    return sleep
+
+
+def _discarding(method: Callable[..., Any]) -> Callable[..., Any]:
+    def discard(worker: Any, tags: tuple[str, ...]) -> Any:
+        global _is_asleep
+        _is_asleep = _is_asleep or "weights" in tags
+        return method(worker, tags)
+
+    return discard
+
+
+def _waking(method: Callable[..., Any]) -> Callable[..., Any]:
+    def wake_up(worker: Any, tags: list[str] | None = None) -> Any:
+        global _num_loads, _is_asleep
+        result = method(worker, tags)
+        if tags is None or "weights" in tags:
+            _num_loads += 1
+            _is_asleep = False
+            for tell in _when_woken:
+                tell()
+        return result
+
+    return wake_up
 
 
 class VllmExperts:
@@ -188,6 +240,11 @@ class VllmExperts:
         )
         return output_TH
 
+    def restore_maps(self) -> None:
+        """After sleep, which may have lost them: graphs read them where they are."""
+        for rows, places in self._maps.items():
+            places.copy_(_places(rows))
+
     def _kernel_of(self, bank: Mapping[str, torch.Tensor]) -> mk.FusedMoEKernel:
         if bank is self.weights:
             return self._home_kernel
@@ -209,10 +266,14 @@ class VllmExperts:
                     )
 
     def _prepare_map(self, bank: Mapping[str, torch.Tensor]) -> None:
-        """Every row is where it is, the one behind the last elsewhere. Made ahead: no capture copies from the host."""
+        """Made ahead: no capture copies from the host."""
         weights = bank["w13_weight"]
-        places = torch.tensor([*range(len(weights)), -1], dtype=torch.int32, device=weights.device)
-        self._maps.setdefault(len(weights), places)
+        self._maps.setdefault(len(weights), _places(len(weights)).to(weights.device))
+
+
+def _places(rows: int) -> torch.Tensor:
+    """Every row is where it is, the one behind the last elsewhere."""
+    return torch.tensor([*range(rows), -1], dtype=torch.int32)
 
 
 def _local_kernel(experts: mk.FusedMoEExpertsModular) -> mk.FusedMoEKernel:

@@ -48,7 +48,7 @@ from llep.spool import spool_dir
 from llep.vllm_plugin import DEALING_BACKENDS
 from llep.vllm_plugin.courier import AgentProcess, Courier
 from llep.vllm_plugin.dummy import is_dummy_run, mark_dummy_runs
-from llep.vllm_plugin.experts import VllmExperts, count_wakes, num_loads, when_loaded
+from llep.vllm_plugin.experts import VllmExperts, count_changes, num_loads, when_loaded, when_woken
 from llep.vllm_plugin.recording import Recorder
 
 logger = logging.getLogger("vllm.llep")
@@ -127,13 +127,14 @@ class Rank:
         self._has_lent = False
         self._is_trusted = True  # until a verified step differs
         mark_dummy_runs()
-        count_wakes()
+        count_changes()
         warm_up()  # compiles the planners on a machine's first start, and takes them from the cache afterwards
         group = get_ep_group()
         self._transport = Transport(group.ranks, group.device, settings.watchdog_s)
         logger.info("llep: weights are lent by %s", self._transport.lends_by)
         self._replicas = Replicas(self._transport)
         when_loaded(self._replicas.home_only)
+        when_woken(self._wake_up)
         self._machines = self._machine_of_ranks()
         self._ranks_per_node = ranks_per_node(self._machines)
         self._cost_model = self._agreed_cost_model(settings.cost_model)
@@ -606,6 +607,12 @@ class Rank:
                 errors=dict(window.errors),
                 group=window.group_loads() if self._transport.rank == 0 else None,
             )
+
+    def _wake_up(self) -> None:
+        """What captured steps read lies where vLLM keeps weights, and may be lost: written anew, without replicas."""
+        self._replicas.restore_maps()
+        for layer in self.layers:
+            layer.experts.restore_maps()
 
     def _check_placement(self, order: PlacementOrder) -> None:
         self._replicas.check(order, len(self._info.layer_numbers))
