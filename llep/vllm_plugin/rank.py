@@ -359,7 +359,19 @@ class Rank:
         """This layer's step; before the first layer, all ranks agree on it. Every rank enters it."""
         if layer.index == 0 or self._current is None:
             self._current = self._agree_on_step(context, num_tokens)
-        return self._current
+        if layer.index < len(self._info.layer_numbers):
+            return self._current
+        return self._draft_step(self._current, context, num_tokens)
+
+    def _draft_step(self, agreed: RankStep, context: ForwardContext, num_tokens: int) -> RankStep:
+        """A draft model's: its tokens are its own, and what was agreed on may be of long ago, where the steps of the
+        model itself are replayed from graphs. Where tokens are replicated all ranks see the same, without a word."""
+        real_tokens, is_prefill = tokens_of(context, num_tokens, self._part)
+        step, is_real = agreed.step, agreed.is_real
+        if self.is_replicated:
+            is_real = real_tokens is not None
+            step = Step("prefill" if is_prefill else "decode", num_tokens if real_tokens is None else real_tokens)
+        return RankStep(step, agreed.settings, _rows(real_tokens, num_tokens, is_real=is_real), is_real)
 
     def _agree_on_step(self, context: ForwardContext, num_tokens: int) -> RankStep:
         self._step_number += 1
@@ -395,8 +407,7 @@ class Rank:
         self._transport.watchdog_s = settings.watchdog_s if any(self._steps.values()) else 1800.0
         if is_real:
             self._steps[step.phase] += 1
-        rows = num_tokens if real_tokens is None and not is_real else real_tokens or 0
-        return RankStep(step, settings, rows, is_real)
+        return RankStep(step, settings, _rows(real_tokens, num_tokens, is_real=is_real), is_real)
 
     def _map_captured(self) -> None:
         """Have captured steps use the replicas that act under the live settings. Every rank enters it."""
@@ -675,6 +686,11 @@ def tokens_of(context: ForwardContext, num_tokens: int, part: int = 0) -> tuple[
     longest = getattr(first, "max_query_len", None)
     is_prefill = longest > 1 if longest is not None else first.num_prefills > 0
     return real_tokens, bool(is_prefill)
+
+
+def _rows(real_tokens: int | None, num_tokens: int, *, is_real: bool) -> int:
+    """How many of a rank's tokens take part: of a batch that is made up none, but where all ranks' are."""
+    return num_tokens if real_tokens is None and not is_real else real_tokens or 0
 
 
 def _layer_number(layer_name: str) -> int:
