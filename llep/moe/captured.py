@@ -6,11 +6,11 @@ expert take their pairs in turn, the home rank's first, then by rank: each pair 
 alike.
 
 Who enters what: nothing. A map changes with the placement, and otherwise only to `home_only`, at once, when weights are
-loaded or woken up; after it a rank computes its own experts alone, as without replicas, until an eager step has dropped the
-copies of what was on all ranks. Tensor-parallel ranks do that between the same two steps, for one scheduler tells them.
-Data-parallel ranks are told by a queue each, while steps go on: in a captured step between, with maps that differ, pairs of
-experts that have replicas are computed twice or not at all. No map can mend that, for who replays can't ask: weights of a
-data-parallel engine are loaded while it is paused or asleep, or while no placement is live.
+loaded or woken up; after it a rank computes its own experts alone, as without replicas, until an eager step has dropped
+the copies of what was on all ranks. Tensor-parallel ranks do that between the same two steps, for one scheduler tells
+them. Data-parallel ranks are told by a queue each, while steps go on: in a captured step between, where maps differ,
+pairs of experts that have replicas are computed twice or not at all. No map can mend that, for who replays can't ask:
+weights of a data-parallel engine are loaded while it is paused or asleep, or while no placement is live.
 
 Shape letters: T tokens of all ranks, K top-k, H hidden, E experts, S turns.
 """
