@@ -75,11 +75,11 @@ def counters_of(report: Report, group: GroupLoads) -> dict[str, int]:
     return {
         "llep_tokens_total": int(group.tokens_PL.numpy().sum(axis=0).max()),
         "llep_steps_total": sum(report.steps.values()),
-        "llep_plan_decisions_total": sum(group.decisions.values()),
+        "llep_plan_decisions_total": group.decisions_in_both.total(),
         "llep_rank_routed_tokens_total": int(group.routed_PLR.numpy().sum()),
         "llep_rank_computed_tokens_total": int(group.computed_PLR.numpy().sum()),
-        "llep_spilled_tokens_total": int(group.spilled_in_R.numpy().sum() + group.spilled_out_R.numpy().sum()),
-        "llep_lends_total": int(group.lends_in_RK.numpy().sum() + group.lends_out_RK.numpy().sum()),
+        "llep_spilled_tokens_total": int(group.spilled_in_PR.numpy().sum() + group.spilled_out_PR.numpy().sum()),
+        "llep_lends_total": int(group.lends_in_PRK.numpy().sum() + group.lends_out_PRK.numpy().sum()),
     }
 
 

@@ -116,7 +116,11 @@ def _layer_seconds(report: Report) -> float:
 
 def _spent(phase: str, before: Sequence[Report], after: Sequence[Report]) -> list[float]:
     """Seconds of each rank in one phase of its MoE layers."""
-    return [b.phase_seconds[phase].sum - a.phase_seconds[phase].sum for a, b in zip(before, after, strict=True)]
+    return [_seconds(b, phase) - _seconds(a, phase) for a, b in zip(before, after, strict=True)]
+
+
+def _seconds(report: Report, phase: str) -> float:
+    return sum(histograms[phase].sum for histograms in report.phase_seconds.values())
 
 
 def _loads(before: Report, after: Report) -> dict[str, float]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 import zlib
+from collections import Counter
 from typing import Any, Self
 
 import msgspec
@@ -87,6 +88,9 @@ class Histogram(msgspec.Struct, frozen=True, array_like=True, gc=False):
     counts: tuple[int, ...]
     sum: float
 
+    def plus(self, other: Histogram) -> Histogram:
+        return Histogram(tuple(map(operator.add, self.counts, other.counts)), self.sum + other.sum)
+
 
 class PlanSample(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One layer of one step that moved something, as an example of what is done."""
@@ -116,17 +120,24 @@ class GroupLoads(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     imbalance_sum_PLS: Array  # float64: sum over those steps of the imbalance ratio
     balancedness_sum_PLS: Array  # float64: sum over those steps of mean / max
     imbalance_histograms: tuple[Histogram, Histogram]  # by stage, over layers and steps, IMBALANCE_BUCKETS
-    decisions: dict[str, int]  # llep.plan.Decision -> layer-steps
-    spilled_in_R: Array  # int64: pairs computed for other home ranks
-    spilled_out_R: Array  # int64: pairs computed elsewhere
-    lends_L: Array  # int64: over all ranks
-    lends_in_RK: Array  # int64
-    lends_out_RK: Array  # int64
+    decisions: dict[str, dict[str, int]]  # STEP_PHASES -> llep.plan.Decision -> layer-steps
+    spilled_in_PR: Array  # int64: pairs computed for other home ranks
+    spilled_out_PR: Array  # int64: pairs computed elsewhere
+    lends_PL: Array  # int64: over all ranks
+    lends_in_PRK: Array  # int64
+    lends_out_PRK: Array  # int64
     bytes_per_lend: int
-    predicted_gain_s: float  # sum of what the plans predict, also those of mode shadow; 0 without a cost model
+    predicted_gain_s: dict[
+        str, float
+    ]  # STEP_PHASES -> sum of what plans predict, also in shadow; 0 without a cost model
     last_plan_time_s: float  # unix time of the last decision, also 'do nothing'; 0 before the first
     home_rank_LE: Array  # int16, fixed while the engine runs
     plans: tuple[PlanSample, ...]  # the newest, by id
+
+    @property
+    def decisions_in_both(self) -> Counter[str]:
+        """Layer-steps by decision, over both phases of steps."""
+        return sum(map(Counter, self.decisions.values()), Counter())
 
 
 class Worth(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -171,7 +182,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report", gc=False):
     last_apply_error: str  # '' or why the newest directive was refused
     live_placement: int  # number of the placement that is switched on; 0: none
     filled_placement: int  # copies that are in place already, of the placement under way
-    phase_seconds: dict[str, Histogram]  # LAYER_PHASES, SECONDS_BUCKETS
+    phase_seconds: dict[str, dict[str, Histogram]]  # STEP_PHASES -> LAYER_PHASES, SECONDS_BUCKETS
     layer_seconds: dict[str, float]  # STEP_PHASES -> wall time inside MoE layers
     worth: dict[str, Worth]  # STEP_PHASES -> what lending is worth, by this rank's clock
     device_total_bytes: int  # this rank's device, or its part of the host's memory; 0: unknown
@@ -228,7 +239,9 @@ class ReportHeader(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class RankSnapshot(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What /metrics shows of each rank's newest Report; names are those of Report."""
+    """What /metrics shows of each rank's newest Report; names are those of Report. phase_seconds: over both phases of
+    steps.
+    """
 
     rank: int
     held_revision: int
@@ -288,7 +301,6 @@ class _Envelope(msgspec.Struct, frozen=True, gc=False):
     body: memoryview = memoryview(b"")
 
 
-_rank_fields = operator.attrgetter(*RankSnapshot.__struct_fields__)
 _nothing = Array("<i8", (0,), b"")
 _encoder = msgspec.msgpack.Encoder()
 _envelope_decoder = msgspec.msgpack.Decoder(_Envelope)
@@ -310,7 +322,27 @@ def is_one_engine(one: EngineInfo, other: EngineInfo) -> bool:
 
 
 def rank_snapshot(report: Report) -> RankSnapshot:
-    return RankSnapshot(*_rank_fields(report))
+    return RankSnapshot(
+        rank=report.rank,
+        held_revision=report.held_revision,
+        last_apply_error=report.last_apply_error,
+        phase_seconds=_in_both_phases(report.phase_seconds),
+        layer_seconds=report.layer_seconds,
+        device_total_bytes=report.device_total_bytes,
+        device_free_bytes=report.device_free_bytes,
+        memory_budget_bytes=report.memory_budget_bytes,
+        memory_used_bytes=report.memory_used_bytes,
+        memory_peak_bytes=report.memory_peak_bytes,
+        errors=report.errors,
+    )
+
+
+def _in_both_phases(seconds: dict[str, dict[str, Histogram]]) -> dict[str, Histogram]:
+    found: dict[str, Histogram] = {}
+    for histograms in seconds.values():
+        for phase, histogram in histograms.items():
+            found[phase] = histogram if phase not in found else found[phase].plus(histogram)
+    return found
 
 
 def without_experts(report: Report) -> Report:

@@ -127,9 +127,7 @@ class WorthView(View):
 
 
 class EngineLoads(View):
-    """Loads over the last window_s (or what there is of it). Ratios are means over layer-steps; None without a step.
-    Lends, spilled tokens and decisions are not counted by step phase: always those of both.
-    """
+    """Loads over the last window_s (or what there is of it). Ratios are means over layer-steps; None without a step."""
 
     engine: str
     model_name: str
@@ -148,9 +146,7 @@ class EngineLoads(View):
 
 
 class HistoryPoint(View):
-    """Loads of one engine between the point before and time_s (unix). Ratios are None without a layer-step. Lends,
-    their bytes, phase_seconds and the predicted gain are not counted by step phase: always those of both.
-    """
+    """Loads of one engine between the point before and time_s (unix). Ratios are None without a layer-step."""
 
     time_s: float
     tokens: int
@@ -340,6 +336,7 @@ class EventKind(StrEnum):
     REPORT_REFUSED = "report_refused"
     STORE_SET_ASIDE = "store_set_aside"
     SCHEDULER_STARTED = "scheduler_started"
+    CLOCK_JUMPED = "clock_jumped"
 
 
 class Event(View):
@@ -367,3 +364,4 @@ class SchedulerStatus(View):
     reports_lost: int = 0  # by the gaps in their numbers
     reports_doubled: int = 0
     orders_refused: dict[str, int] = {}  # rule that a placement broke -> count
+    clock_jumps: int = 0  # of the machine's wall clock

@@ -80,7 +80,7 @@ def _balance(before: Report, after: Report) -> dict[str, float]:
     assert before.group is not None and after.group is not None
     sums_S = (after.group.imbalance_sum_PLS.numpy() - before.group.imbalance_sum_PLS.numpy()).sum(axis=(0, 1))
     layer_steps = int((after.group.layer_steps_PL.numpy() - before.group.layer_steps_PL.numpy()).sum())
-    lends = int((after.group.lends_in_RK.numpy() - before.group.lends_in_RK.numpy()).sum())
+    lends = int((after.group.lends_in_PRK.numpy() - before.group.lends_in_PRK.numpy()).sum())
     return {
         "ratio_before": float(sums_S[0]) / layer_steps,
         "ratio_after": float(sums_S[1]) / layer_steps,

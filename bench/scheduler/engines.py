@@ -117,7 +117,7 @@ class SimulatedEngine:
             last_apply_error="",
             live_placement=0,
             filled_placement=0,
-            phase_seconds=dict.fromkeys(LAYER_PHASES, histogram),
+            phase_seconds=dict.fromkeys(STEP_PHASES, dict.fromkeys(LAYER_PHASES, histogram)),
             layer_seconds={"prefill": 0.4 * seconds, "decode": 0.1 * seconds},
             worth=dict.fromkeys(STEP_PHASES, worth),
             device_total_bytes=80 << 30,
@@ -134,7 +134,7 @@ class SimulatedEngine:
         seconds, L, R = self._seconds, self._L, self._R
         steps_PL = np.repeat(np.array([[5], [15]]) * seconds, L, axis=1)
         histogram = Histogram((*(0 for _ in IMBALANCE_BUCKETS), int(steps_PL.sum())), 1.0)
-        ones_R, ones_RK = np.full(R, seconds), np.full((R, 2), seconds)
+        ones_PR, ones_PRK = np.full((2, R), seconds), np.full((2, R, 2), seconds)
         return GroupLoads(
             tokens_PL=Array.of(self._tokens_PL * seconds),
             routed_PLE=Array.of(self._routed_PLE * seconds),
@@ -144,14 +144,14 @@ class SimulatedEngine:
             imbalance_sum_PLS=Array.of(np.stack([1.8 * steps_PL, 1.05 * steps_PL], axis=2)),
             balancedness_sum_PLS=Array.of(np.stack([0.6 * steps_PL, 0.95 * steps_PL], axis=2)),
             imbalance_histograms=(histogram, histogram),
-            decisions=dict.fromkeys(map(str, Decision), 100 * seconds),
-            spilled_in_R=Array.of(100 * ones_R),
-            spilled_out_R=Array.of(100 * ones_R),
-            lends_L=Array.of(np.full(L, 2 * seconds)),
-            lends_in_RK=Array.of(ones_RK),
-            lends_out_RK=Array.of(ones_RK),
+            decisions=dict.fromkeys(STEP_PHASES, dict.fromkeys(map(str, Decision), 50 * seconds)),
+            spilled_in_PR=Array.of(50 * ones_PR),
+            spilled_out_PR=Array.of(50 * ones_PR),
+            lends_PL=Array.of(np.full((2, L), seconds)),
+            lends_in_PRK=Array.of(ones_PRK),
+            lends_out_PRK=Array.of(ones_PRK),
             bytes_per_lend=44_000_000,
-            predicted_gain_s=0.1 * seconds,
+            predicted_gain_s=dict.fromkeys(STEP_PHASES, 0.05 * seconds),
             last_plan_time_s=time.time(),
             home_rank_LE=self._home_LE,
             plans=tuple(self._plan(seconds + number) for number in range(4)),

@@ -6,8 +6,11 @@ expert take their pairs in turn, the home rank's first, then by rank: each pair 
 alike.
 
 Who enters what: nothing. A map changes with the placement, and otherwise only to `home_only`, at once, when weights are
-loaded or woken up. vLLM has all ranks of an engine do that between the same two steps; after it each computes its own
-experts alone, as without replicas, until an eager step has dropped the copies of what was on all ranks.
+loaded or woken up; after it a rank computes its own experts alone, as without replicas, until an eager step has dropped
+the copies of what was on all ranks. Tensor-parallel ranks do that between the same two steps, for one scheduler tells
+them. Data-parallel ranks are told by a queue each, while steps go on: in a captured step between, where maps differ,
+pairs of experts that have replicas are computed twice or not at all. No map can mend that, for who replays can't ask:
+weights of a data-parallel engine are loaded while it is paused or asleep, or while no placement is live.
 
 Shape letters: T tokens of all ranks, K top-k, H hidden, E experts, S turns.
 """
@@ -52,9 +55,11 @@ class DeviceMap:
         is_mine_E = self._home_rank_E == rank
         own_E = np.where(is_mine_E, np.array(local_ids), self._own_rows).astype(np.int32)
         self._own_alone_SE = np.tile(own_E, (TURNS, 1))
-        self._is_home_only = True
-        self._own_SE = torch.from_numpy(self._own_alone_SE.copy()).to(device)
-        self._room_SE = torch.full_like(self._own_SE, room_rows)
+        # First as without replicas, then as with those that act; `_first` is the place of what holds.
+        self._own_SE = torch.empty((2 * TURNS, len(own_E)), dtype=torch.int32, device=device)
+        self._room_SE = torch.empty_like(self._own_SE)
+        self._first = torch.empty(1, dtype=torch.int32, device=device)
+        self.restore()
 
     def follow(self, placement: Placement, row_of: Mapping[int, int]) -> None:
         """Share pairs with the placement's replicas. row_of: expert -> row of this rank's room, of those it has."""
@@ -72,27 +77,36 @@ class DeviceMap:
                 own_SE[~is_mine_S, expert] = self._own_rows
                 if expert in row_of:
                     room_SE[is_mine_S, expert] = row_of[expert]
-        self._write(own_SE, room_SE)
+        self._write(TURNS, own_SE, room_SE)
+        self._first.fill_(own_SE.size)
         self._is_home_only = False
 
     def home_only(self) -> None:
-        """As without replicas."""
+        """As without replicas. Without Tensor.copy_: vLLM's loaders, inside of which it is called, count what it copies
+        to know when a layer is complete, and some replace it."""
         if not self._is_home_only:
-            self._write(self._own_alone_SE, np.full_like(self._own_alone_SE, self._room_rows))
+            self._first.fill_(0)
             self._is_home_only = True
+
+    def restore(self) -> None:
+        """As `home_only`, whatever is in the memory."""
+        for first in (0, TURNS):
+            self._write(first, self._own_alone_SE, np.full_like(self._own_alone_SE, self._room_rows))
+        self._first.fill_(0)
+        self._is_home_only = True
 
     def rows(self, ids_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(row in this rank's weights, row in its room) [T, K] of each pair; the number of rows where it has none."""
-        turns, experts = self._own_SE.shape
-        offset_T1 = torch.arange(len(ids_TK), dtype=torch.int32, device=ids_TK.device).remainder_(turns).mul_(experts)
+        offset_T1 = torch.arange(len(ids_TK), dtype=torch.int32, device=ids_TK.device).remainder_(TURNS)
+        offset_T1.mul_(self._own_SE.shape[1]).add_(self._first)
         place = (ids_TK + offset_T1[:, None]).reshape(-1)
         own, room = (table.view(-1).index_select(0, place).view_as(ids_TK) for table in (self._own_SE, self._room_SE))
         return own, room
 
-    def _write(self, *tables: np.ndarray) -> None:
+    def _write(self, first: int, *tables: np.ndarray) -> None:
         """On the stream that computes: steps already enqueued see what was, later ones what is."""
         for tensor, table in zip((self._own_SE, self._room_SE), tables, strict=True):
-            tensor.copy_(torch.from_numpy(table))
+            tensor[first : first + TURNS].copy_(torch.from_numpy(table))
 
 
 def compute_captured(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -178,6 +178,13 @@ class LeastLoadedMoE:
         self.workspace = workspace
         self.residents = NO_RESIDENTS
         self._check_together()
+
+    def rehearse(self, hidden_TH: torch.Tensor, banks: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Compute once, with each bank, as many rows as any batch may bring at a time. Enters no collective."""
+        rows_PH = self.workspace.buffers(hidden_TH).inputs
+        gates_P = rows_PH.new_zeros(len(rows_PH))
+        for bank in banks:
+            self.experts.compute(bank, rows_PH, np.zeros(1, dtype=np.int64), np.array([len(rows_PH)]), gates_P)
 
     def forward_replicated(
         self,

@@ -216,10 +216,16 @@ class Replicas:
                 placed.device_map.follow(placement, placed.moe.residents.row_of)
 
     def home_only(self) -> None:
-        """Weights are being loaded or woken up on this rank: captured steps use no replica before the next `follow`."""
+        """Weights are being loaded on this rank: captured steps use no replica before the next `follow`."""
         for placed in self.layers:
             if placed.device_map is not None:
                 placed.device_map.home_only()
+
+    def restore_maps(self) -> None:
+        """This rank has woken up: as `home_only`, also where the maps are lost."""
+        for placed in self.layers:
+            if placed.device_map is not None:
+                placed.device_map.restore()
 
     def _take(self, order: PlacementOrder | None) -> None:
         self._allowance = 0.0

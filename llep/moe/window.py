@@ -130,16 +130,16 @@ class LoadWindow:
         self._imbalance_sum_PLS = np.zeros((P, L, S), np.float64)
         self._balancedness_sum_PLS = np.zeros((P, L, S), np.float64)
         self._imbalance = (_Buckets(IMBALANCE_BUCKETS), _Buckets(IMBALANCE_BUCKETS))
-        self._spilled_in_R, self._spilled_out_R = np.zeros(R, np.int64), np.zeros(R, np.int64)
-        self._lends_L = np.zeros(L, np.int64)
-        self._lends_in_RK, self._lends_out_RK = np.zeros((R, K), np.int64), np.zeros((R, K), np.int64)
-        self._predicted_gain_s = 0.0
+        self._spilled_in_PR, self._spilled_out_PR = np.zeros((P, R), np.int64), np.zeros((P, R), np.int64)
+        self._lends_PL = np.zeros((P, L), np.int64)
+        self._lends_in_PRK, self._lends_out_PRK = np.zeros((P, R, K), np.int64), np.zeros((P, R, K), np.int64)
+        self._predicted_gain_s = dict.fromkeys(STEP_PHASES, 0.0)
         self._last_plan_time_s = 0.0
-        self._phases = {phase: _Buckets(SECONDS_BUCKETS) for phase in LAYER_PHASES}
+        self._phases = {step: {phase: _Buckets(SECONDS_BUCKETS) for phase in LAYER_PHASES} for step in STEP_PHASES}
         self._lent = {phase: _Side() for phase in STEP_PHASES}
         self._probed = {phase: _Side() for phase in STEP_PHASES}
         self._samples = _Samples(top_k)
-        self.decisions: Counter[str] = Counter()
+        self.decisions: dict[str, Counter[str]] = {phase: Counter() for phase in STEP_PHASES}
         self.errors: Counter[str] = Counter()
         self.layer_seconds = dict.fromkeys(STEP_PHASES, 0.0)
         self.slots_used = 0
@@ -162,34 +162,34 @@ class LoadWindow:
             self._balancedness_sum_PLS[at] += (1 / before, 1 / after)
             self._imbalance[0].add(before)
             self._imbalance[1].add(after)
-            self.decisions[planned.decision.value] += 1
+            self.decisions[layer_step.phase][planned.decision.value] += 1
             self._last_plan_time_s = time.time()
             if planned.decision in (Decision.LEND, Decision.REPLICA):
-                self._predicted_gain_s += max(planned.predicted_gain_s, 0.0)
+                self._predicted_gain_s[layer_step.phase] += max(planned.predicted_gain_s, 0.0)
                 self._samples.offer(layer_step)
                 if layer_step.is_moved:
-                    self._add_moves(layer_step)
+                    self._add_moves(at, layer_step.planned)
             self._add_times(layer_step)
             self.slots_used = slots_used
             self.slots_peak = max(self.slots_peak, slots_used)
 
-    def _add_moves(self, layer_step: LayerStep) -> None:
-        planned = layer_step.planned
+    def _add_moves(self, at: tuple[int, int], planned: Plan) -> None:
+        """at: phase of the step, layer."""
         experts_S, ranks_S, starts_S, stops_S = planned.segments_S4.T
         homes_S = planned.placement.home_rank_E[experts_S]
         away_S = ranks_S != homes_S
-        np.add.at(self._spilled_in_R, ranks_S[away_S], (stops_S - starts_S)[away_S])
-        np.add.at(self._spilled_out_R, homes_S[away_S], (stops_S - starts_S)[away_S])
+        np.add.at(self._spilled_in_PR[at[0]], ranks_S[away_S], (stops_S - starts_S)[away_S])
+        np.add.at(self._spilled_out_PR[at[0]], homes_S[away_S], (stops_S - starts_S)[away_S])
         for hop in planned.transfers:
             link = int(self._node_of(hop.src_rank) != self._node_of(hop.dst_rank))
-            self._lends_L[layer_step.layer] += 1
-            self._lends_in_RK[hop.dst_rank, link] += 1
-            self._lends_out_RK[hop.src_rank, link] += 1
+            self._lends_PL[at] += 1
+            self._lends_in_PRK[at[0], hop.dst_rank, link] += 1
+            self._lends_out_PRK[at[0], hop.src_rank, link] += 1
 
     def _add_times(self, layer_step: LayerStep) -> None:
         self.layer_seconds[layer_step.phase] += layer_step.seconds
         for phase, seconds in layer_step.times.seconds.items():
-            self._phases[phase].add(seconds)
+            self._phases[layer_step.phase][phase].add(seconds)
         if layer_step.is_verified:
             return
         if layer_step.planned.decision is Decision.PROBE:
@@ -204,8 +204,11 @@ class LoadWindow:
         with self.lock:
             self.errors[f"{component}/{kind}"] += 1
 
-    def phase_seconds(self) -> dict[str, Histogram]:
-        return {phase: buckets.histogram() for phase, buckets in self._phases.items()}
+    def phase_seconds(self) -> dict[str, dict[str, Histogram]]:
+        return {
+            step: {phase: buckets.histogram() for phase, buckets in phases.items()}
+            for step, phases in self._phases.items()
+        }
 
     def worth(self) -> dict[str, Worth]:
         """What lending is worth by this rank's clock; call with `lock` held."""
@@ -232,14 +235,14 @@ class LoadWindow:
             imbalance_sum_PLS=Array.of(self._imbalance_sum_PLS),
             balancedness_sum_PLS=Array.of(self._balancedness_sum_PLS),
             imbalance_histograms=(self._imbalance[0].histogram(), self._imbalance[1].histogram()),
-            decisions=dict(self.decisions),
-            spilled_in_R=Array.of(self._spilled_in_R),
-            spilled_out_R=Array.of(self._spilled_out_R),
-            lends_L=Array.of(self._lends_L),
-            lends_in_RK=Array.of(self._lends_in_RK),
-            lends_out_RK=Array.of(self._lends_out_RK),
+            decisions={phase: dict(decisions) for phase, decisions in self.decisions.items()},
+            spilled_in_PR=Array.of(self._spilled_in_PR),
+            spilled_out_PR=Array.of(self._spilled_out_PR),
+            lends_PL=Array.of(self._lends_PL),
+            lends_in_PRK=Array.of(self._lends_in_PRK),
+            lends_out_PRK=Array.of(self._lends_out_PRK),
             bytes_per_lend=self._bytes_per_lend,
-            predicted_gain_s=self._predicted_gain_s,
+            predicted_gain_s=dict(self._predicted_gain_s),
             last_plan_time_s=self._last_plan_time_s,
             home_rank_LE=Array.of(self._home_rank_LE),
             plans=self._samples.take(),

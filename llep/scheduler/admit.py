@@ -148,15 +148,19 @@ def counters(report: Report) -> Counters:
     _check_keys("steps", report.steps, STEP_PHASES)
     _check_keys("layer_seconds", report.layer_seconds, STEP_PHASES)
     _check_keys("worth", report.worth, STEP_PHASES)
-    _check_keys("phase_seconds", report.phase_seconds, LAYER_PHASES)
+    _check_keys("phase_seconds", report.phase_seconds, STEP_PHASES)
+    for phase, seconds in report.phase_seconds.items():
+        _check_keys(f"phase_seconds.{phase}", seconds, LAYER_PHASES)
     _check_within(_GAUGES, _gauges(report))
     numbers: list[float] = [report.step, report.held_revision, report.live_revision]
     numbers += [report.steps.get(phase, 0) for phase in STEP_PHASES]
     numbers += [report.layer_seconds.get(phase, 0.0) for phase in STEP_PHASES]
     for phase in STEP_PHASES:
         numbers += _worth_fields(report.worth.get(phase, _NO_WORTH))
-    for phase in LAYER_PHASES:
-        numbers += _buckets(f"phase_seconds.{phase}", report.phase_seconds.get(phase, _NO_SECONDS), SECONDS_BUCKETS)
+    for step in STEP_PHASES:
+        seconds = report.phase_seconds.get(step, {})
+        for phase in LAYER_PHASES:
+            numbers += _buckets(f"phase_seconds.{step}.{phase}", seconds.get(phase, _NO_SECONDS), SECONDS_BUCKETS)
     arrays: dict[str, npt.NDArray[Any]] = {}
     if report.group is not None:
         numbers += _group_numbers(report.group)
@@ -171,9 +175,11 @@ def number_names(has_group: bool) -> tuple[str, ...]:
     names = ["step", "held_revision", "live_revision"]
     names += [f"{name}.{phase}" for name in ("steps", "layer_seconds") for phase in STEP_PHASES]
     names += [f"worth.{phase}.{name}" for phase in STEP_PHASES for name in Worth.__struct_fields__]
-    names += [f"phase_seconds.{phase}" for phase in LAYER_PHASES for _ in range(len(SECONDS_BUCKETS) + 2)]
+    times = range(len(SECONDS_BUCKETS) + 2)
+    names += [f"phase_seconds.{step}.{phase}" for step in STEP_PHASES for phase in LAYER_PHASES for _ in times]
     if has_group:
-        names += ["bytes_per_lend", "predicted_gain_s", *(f"decisions.{decision}" for decision in Decision)]
+        names += ["bytes_per_lend", *(f"predicted_gain_s.{phase}" for phase in STEP_PHASES)]
+        names += [f"decisions.{phase}.{decision}" for phase in STEP_PHASES for decision in Decision]
         names += [f"imbalance.{stage}" for stage in STAGES for _ in range(len(IMBALANCE_BUCKETS) + 2)]
     return tuple(names)
 
@@ -225,9 +231,14 @@ def check_sums(found: Counters, top_k: int) -> None:
 
 
 def _group_numbers(group: GroupLoads) -> list[float]:
-    _check_keys("decisions", group.decisions, _DECISIONS)
-    numbers: list[float] = [group.bytes_per_lend, group.predicted_gain_s]
-    numbers += [group.decisions.get(decision, 0) for decision in _DECISIONS]
+    _check_keys("decisions", group.decisions, STEP_PHASES)
+    _check_keys("predicted_gain_s", group.predicted_gain_s, STEP_PHASES)
+    numbers: list[float] = [group.bytes_per_lend]
+    numbers += [group.predicted_gain_s.get(phase, 0.0) for phase in STEP_PHASES]
+    for phase in STEP_PHASES:
+        decisions = group.decisions.get(phase, {})
+        _check_keys(f"decisions.{phase}", decisions, _DECISIONS)
+        numbers += [decisions.get(decision, 0) for decision in _DECISIONS]
     for stage, histogram in zip(STAGES, group.imbalance_histograms, strict=True):
         numbers += _buckets(f"imbalance.{stage}", histogram, IMBALANCE_BUCKETS)
     return numbers
@@ -248,11 +259,11 @@ def _group_arrays(group: GroupLoads, info: EngineInfo) -> dict[str, npt.NDArray[
         "layer_steps_PL": _array("layer_steps_PL", group.layer_steps_PL, int64, (P, L)),
         "imbalance_sum_PLS": _array("imbalance_sum_PLS", group.imbalance_sum_PLS, float64, (P, L, S)),
         "balancedness_sum_PLS": _array("balancedness_sum_PLS", group.balancedness_sum_PLS, float64, (P, L, S)),
-        "spilled_in_R": _array("spilled_in_R", group.spilled_in_R, int64, (R,)),
-        "spilled_out_R": _array("spilled_out_R", group.spilled_out_R, int64, (R,)),
-        "lends_L": _array("lends_L", group.lends_L, int64, (L,)),
-        "lends_in_RK": _array("lends_in_RK", group.lends_in_RK, int64, (R, K)),
-        "lends_out_RK": _array("lends_out_RK", group.lends_out_RK, int64, (R, K)),
+        "spilled_in_PR": _array("spilled_in_PR", group.spilled_in_PR, int64, (P, R)),
+        "spilled_out_PR": _array("spilled_out_PR", group.spilled_out_PR, int64, (P, R)),
+        "lends_PL": _array("lends_PL", group.lends_PL, int64, (P, L)),
+        "lends_in_PRK": _array("lends_in_PRK", group.lends_in_PRK, int64, (P, R, K)),
+        "lends_out_PRK": _array("lends_out_PRK", group.lends_out_PRK, int64, (P, R, K)),
     }
 
 

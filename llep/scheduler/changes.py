@@ -39,6 +39,7 @@ class Changes(Core):
         All or nothing: it must be valid for every engine addressed. Answers SettingsChange, after up to wait_s seconds
         of waiting for the engines to run it. Raises SettingsError, UnknownEngine, RevisionConflict, StoreUnavailable.
         """
+        await self._hear_first()
         self._tick()
         self._check_revision(if_revision)
         wanted = canonical(patch)
@@ -63,6 +64,7 @@ class Changes(Core):
         wait_s: float = 3.0,
     ) -> dict[str, Any]:
         """Set the mode; with ttl_s it goes back by itself to the one last set without. Answers SettingsChange."""
+        await self._hear_first()
         self._tick()
         until_s = None if ttl_s is None else time.time() + _checked_ttl(ttl_s)
         wanted = canonical({"mode": _checked_mode(mode)})
@@ -91,6 +93,7 @@ class Changes(Core):
         Placements and recordings stay as they are. Answers SettingsChange. Raises UnknownRevision, and as
         patch_settings does.
         """
+        await self._hear_first()
         self._tick()
         self._check_revision(if_revision)
         wanted = self._journal.revision(revision) if revision > 0 else None

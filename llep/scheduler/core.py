@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -25,8 +26,11 @@ logger = logging.getLogger("llep.scheduler")
 
 TICK_S = 1.0
 REMEMBER_EVERY_S = 60.0
+CLOCK_JUMP_S = 2.0  # between two ticks; less is the clock being corrected
 REPEATED_EVENT_EVERY_S = 60.0
 MOST_REPEATED_KINDS = 1000
+HEAR_FIRST_S = 3.0
+MOST_AWAY = 200  # engines that are gone, whose own settings and placements wait for them
 MOST_ANSWERED = 1000  # rows of one answer
 
 
@@ -63,6 +67,9 @@ class Core:
         self._orders_refused: Counter[str] = Counter()
         self._last_note_s: dict[tuple[str, str], float] = {}
         self._remembered_s = time.monotonic()
+        self._clock_offset_s = _clock_offset_s()
+        self._clock_jumps = 0
+        self._clock_owed_s = 0.0  # by which ends of temporary settings are still to be moved
         self._ticking: asyncio.Task[None] | None = None
         self._journal.note(EventKind.SCHEDULER_STARTED, f"scheduler {__version__} started", data={"pid": os.getpid()})
         self._keep_journal()
@@ -84,7 +91,7 @@ class Core:
     ) -> None:
         """Make it last, then tell the agents. Raises StoreUnavailable; then nothing has changed."""
         self._journal.commit(
-            changed,
+            changed.without_those_away(self._windows.engines.keys(), MOST_AWAY),
             event,
             author=author,
             reason=reason,
@@ -95,6 +102,12 @@ class Core:
             placement=placement,
         )
         self._desired_changed.fire()
+
+    async def _hear_first(self) -> None:
+        """After all that was stored is lost, what engines say they run is taken over before anybody changes it."""
+        left_s = self._journal.lost_s + HEAR_FIRST_S - time.monotonic()
+        if left_s > 0.0:
+            await asyncio.sleep(left_s)
 
     def _next_revision(self) -> int:
         """Above all that any engine has ever been told, also by a store that is lost."""
@@ -128,18 +141,18 @@ class Core:
 
     async def _tick_for_ever(self) -> None:
         while True:
-            try:
-                self._tick()
-                self._keep_journal()
-                self._remember_live()
-            except Exception:
-                logger.exception("the scheduler's tick failed; the next one is in %s s", TICK_S)
+            for act in (self._tick, self._keep_journal, self._remember_live):
+                try:
+                    act()
+                except Exception:
+                    logger.exception("the scheduler's tick failed; the next one is in %s s", TICK_S)
             await asyncio.sleep(TICK_S)
 
     def _tick(self) -> None:
         """What time alone brings about: engines become stale, temporary modes end."""
         if self._ticking is None:
             self._keep_ticking()
+        self._follow_clock()
         engines = self._windows.engines
         before = dict(engines)
         intervals_s = {name: self._interval_s(engine) for name, engine in before.items()}
@@ -158,13 +171,47 @@ class Core:
         message = f"{' and '.join(patch)} went back on {whom(engines)}: {reason}"
         before = self._journal.desired
         changed = before.without_expired(now_s, self._next_revision())
-        diff = difference(self._effective(before, engines), self._effective(changed, engines))
+        diff = self._difference(before, changed, engines)
         data = {"revision": changed.revision, "patch": patch, "engines": engines, "diff": diff}
         event = NewEvent(kind=EventKind.MODE, message=message, time_s=now_s, data=data)
         try:
             self._commit(changed, event, author=LLEP, reason=reason, engines=engines, patch=patch, diff=diff)
         except StoreUnavailable as error:
             logger.warning("a temporary mode can't end yet: %s", error.message)
+
+    def _difference(self, before: Desired, after: Desired, engines: Sequence[str] | None) -> dict[str, list[Any]]:
+        """What a change means to those of the engines that are there, and whose settings go together."""
+        old, new = {}, {}
+        for name, engine in self._windows.engines.items():
+            if engines is None or name in engines:
+                with contextlib.suppress(SettingsError):
+                    old[name], new[name] = (desired.effective(name, engine.start) for desired in (before, after))
+        return difference(old, new)
+
+    def _follow_clock(self) -> None:
+        """What is set for a time keeps its length where the wall clock is set forward or back."""
+        offset_s = _clock_offset_s()
+        jump_s, self._clock_offset_s = offset_s - self._clock_offset_s, offset_s
+        if abs(jump_s) >= CLOCK_JUMP_S:
+            self._clock_jumps += 1
+            self._clock_owed_s += jump_s
+            message = f"this machine's clock was set {'forward' if jump_s > 0 else 'back'} by {abs(jump_s):.1f} s"
+            self._journal.note(EventKind.CLOCK_JUMPED, message, data={"seconds": round(jump_s, 3)})
+        if self._clock_owed_s and not self._journal.problem:
+            self._move_times(self._clock_owed_s)
+            self._clock_owed_s = 0.0
+
+    def _move_times(self, seconds: float) -> None:
+        before = self._journal.desired
+        if not any(before.temporary.values()):
+            return
+        reason = f"the clock was set by {seconds:+.1f} s: what is set for a time keeps its length"
+        event = NewEvent(kind=EventKind.MODE, message=reason, time_s=time.time(), data={"seconds": seconds})
+        try:
+            moved = before.moved_in_time(seconds, self._next_revision())
+            self._commit(moved, event, author=LLEP, reason=reason, engines=None, patch={})
+        except StoreUnavailable as error:
+            logger.warning("the ends of temporary settings can't be moved: %s", error.message)
 
     def _interval_s(self, engine: Engine) -> float:
         """The report interval that the engine has been told, which it may not follow yet."""
@@ -216,6 +263,11 @@ class Core:
             recent[about] = now_s
             self._journal.note(kind, message, engine=engine, data={"reason": about[1]})
         self._last_note_s = recent
+
+
+def _clock_offset_s() -> float:
+    """Unix time less a clock that never jumps and runs on while the machine sleeps."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def to_unix_time() -> Callable[[float], float]:

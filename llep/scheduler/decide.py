@@ -358,7 +358,13 @@ def _range(key: str, settings: Settings, start: Settings) -> tuple[float, float]
         low, high = settings.auto_tune_min_threshold, settings.auto_tune_max_threshold
         return min(low, high), max(low, high)
     value = float(getattr(start, key))
-    return max(value / TOKENS_RANGE, 1.0), max(value, 1.0) * TOKENS_RANGE
+    return max(value / TOKENS_RANGE, 1.0), min(max(value, 1.0) * TOKENS_RANGE, _largest(key))
+
+
+def _largest(key: str) -> float:
+    """The largest value that the setting may have at all."""
+    limits = Settings.model_fields[key].metadata
+    return float(next((limit.le for limit in limits if hasattr(limit, "le")), math.inf))
 
 
 def _towards(value: float, wanted: float, bounds: tuple[float, float]) -> float | int | None:

@@ -133,7 +133,7 @@ def decide_placement(ground: Ground, *, is_filling: bool) -> tuple[Decision, Sug
     settings = ground.evidence.settings
     if not ground.has_room:
         return _decision("no_room", NO_ROOM), None
-    overfull = _overfull(ground)
+    overfull = is_overfull(ground)
     if not overfull:
         if is_filling:
             return _decision("filling", "the placement ordered last is still being filled"), None
@@ -217,7 +217,8 @@ def refusal(
     return None
 
 
-def _overfull(ground: Ground) -> bool:
+def is_overfull(ground: Ground) -> bool:
+    """Whether a rank has more copies than it has room for."""
     held_R = np.bincount([copy.rank for copy in ground.present], minlength=len(ground.room_R))
     return bool((held_R > np.array(ground.room_R)).any())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import msgspec
@@ -23,6 +23,7 @@ class Override(msgspec.Struct, frozen=True):
     revision: int
     until_s: float | None = None  # unix time
     exempt_until_s: float | None = None  # when this ends before that time, the engine is exempt until then
+    by_llep: bool = False  # set by the scheduler itself, not by a person
 
 
 Layer = dict[str, dict[str, Override]]  # target (engine or EVERY) -> key -> override
@@ -55,7 +56,13 @@ class Desired(msgspec.Struct, frozen=True):
         return start.changed({key: override.value for key, override in self.overrides_of(engine).items()})
 
     def changed(
-        self, patch: Mapping[str, Any], engines: Sequence[str] | None, revision: int, until_s: float | None = None
+        self,
+        patch: Mapping[str, Any],
+        engines: Sequence[str] | None,
+        revision: int,
+        until_s: float | None = None,
+        *,
+        by_llep: bool = False,
     ) -> Desired:
         """With a canonical patch laid over; None takes a key's override away. engines None: all, also those to come.
 
@@ -64,10 +71,10 @@ class Desired(msgspec.Struct, frozen=True):
         permanent, temporary = copy.deepcopy(self.permanent), copy.deepcopy(self.temporary)
         for key, value in patch.items():
             if until_s is None:
-                _put(permanent, key, Override(value, revision), engines)
-                _put(temporary, key, Override(None, revision, _until(temporary, key)), engines)
+                _put(permanent, key, Override(value, revision, by_llep=by_llep), engines)
+                _put(temporary, key, Override(None, revision, _until(temporary, key), by_llep=by_llep), engines)
             else:
-                _put(temporary, key, Override(value, revision, until_s), engines)
+                _put(temporary, key, Override(value, revision, until_s, by_llep=by_llep), engines)
         targets = [EVERY] if engines is None else engines
         addressed = {**self.addressed, **dict.fromkeys(targets, revision)}
         return msgspec.structs.replace(
@@ -97,6 +104,17 @@ class Desired(msgspec.Struct, frozen=True):
             addressed={**self.addressed, engine: revision},
             recordings={**others, engine: order} if order is not None else others,
         )
+
+    def without_those_away(self, known: Set[str], most: int) -> Desired:
+        """With what is said of engines that aren't known left out, but for the `most` that were addressed last."""
+        layers = (self.addressed, self.permanent, self.temporary, self.placements, self.recordings)
+        away = sorted(set().union(*layers) - known - {EVERY}, key=lambda name: self.addressed.get(name, 0))
+        left_out = set(away[: max(len(away) - most, 0)])
+        if not left_out:
+            return self
+        names = ("addressed", "permanent", "temporary", "placements", "recordings")
+        kept = ({name: value for name, value in layer.items() if name not in left_out} for layer in layers)
+        return msgspec.structs.replace(self, **dict(zip(names, kept, strict=True)))
 
     def put_back(self, earlier: Desired, revision: int, now_s: float) -> Desired:
         """With the settings of an earlier state, but for what was temporary then and is over by now."""
@@ -135,13 +153,21 @@ class Desired(msgspec.Struct, frozen=True):
         addressed = {**self.addressed, **dict.fromkeys(targets, revision)}
         return msgspec.structs.replace(self, revision=revision, addressed=addressed, temporary=_without_empty(kept))
 
+    def moved_in_time(self, seconds: float, revision: int) -> Desired:
+        """With the ends of what is temporary moved; no engine runs anything else for that."""
+        temporary = {
+            target: {key: _moved(override, seconds) for key, override in overrides.items()}
+            for target, overrides in self.temporary.items()
+        }
+        return msgspec.structs.replace(self, revision=revision, temporary=temporary)
+
     def next_expiry_s(self, engine: str | None) -> float | None:
         """Unix time at which the first temporary override of the engine ends."""
         times = [o.until_s for o in _in_force(self.temporary, engine).values() if o.until_s is not None]
         return min(times, default=None)
 
     def says_the_same_as(self, other: Desired) -> bool:
-        """Whether the two hold the same values, whatever their revisions."""
+        """Whether the two hold the same values, set by llep or by people alike, whatever their revisions."""
         return (
             _values(self.permanent) == _values(other.permanent)
             and _timed(self.temporary) == _timed(other.temporary)
@@ -163,6 +189,11 @@ def canonical(patch: Mapping[str, Any]) -> dict[str, Any]:
             Settings.parse({key: patch[key]})  # raises, naming the nearest key
     values = Settings().changed(patch).dump()
     return {key: None if value is None else values[key] for key, value in patch.items()}
+
+
+def is_of_settings(patch: Mapping[str, Any]) -> bool:
+    """Whether a revision's patch changes settings; others order placements or recordings."""
+    return "rollback" in patch or not Settings.model_fields.keys().isdisjoint(patch)
 
 
 def sources(desired: Desired, engine: str | None, at_start: Mapping[str, str]) -> dict[str, str]:
@@ -218,6 +249,13 @@ def _over(override: Override, beneath: Override | None) -> Override:
     return msgspec.structs.replace(override, exempt_until_s=exempt_until_s)
 
 
+def _moved(override: Override, seconds: float) -> Override:
+    until_s, exempt_until_s = (
+        None if at_s is None else at_s + seconds for at_s in (override.until_s, override.exempt_until_s)
+    )
+    return msgspec.structs.replace(override, until_s=until_s, exempt_until_s=exempt_until_s)
+
+
 def _is_over(override: Override, now_s: float) -> bool:
     """Also where the clock was set back so far that it would hold for longer than anybody may ask for."""
     return override.until_s is not None and not now_s < override.until_s <= now_s + LONGEST_TTL_S + 1.0
@@ -252,11 +290,15 @@ def _of_known_keys(layer: Layer) -> Layer:
 
 
 def _values(layer: Layer) -> dict[tuple[str, str], Any]:
-    return {(target, key): o.value for target, overrides in layer.items() for key, o in overrides.items()}
+    return {(target, key): (o.value, o.by_llep) for target, overrides in layer.items() for key, o in overrides.items()}
 
 
 def _timed(layer: Layer) -> dict[tuple[str, str], Any]:
-    return {(target, key): (o.value, o.until_s) for target, overrides in layer.items() for key, o in overrides.items()}
+    return {
+        (target, key): (o.value, o.until_s, o.by_llep)
+        for target, overrides in layer.items()
+        for key, o in overrides.items()
+    }
 
 
 def _common(dumps: Mapping[str, Mapping[str, Any]], key: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llep.errors import StoreUnavailable
-from llep.scheduler.desired import Desired
+from llep.scheduler.desired import Desired, is_of_settings
 from llep.scheduler.store import (
     Damaged,
     KnownEngine,
@@ -26,6 +27,7 @@ from llep.views import DecisionView, Event, EventKind
 logger = logging.getLogger("llep.scheduler")
 
 PRUNE_EVERY_S = 3600.0
+PRUNE_AGAIN_S = 60.0  # where it has grown too large since
 MOST_EVENTS_WAITING = 1000
 LLEP = "llep"  # the author of what the scheduler itself does
 
@@ -38,11 +40,12 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.desired = Desired()
         self.problem = "the store is not open yet"
-        self.own_revisions: set[int] = set()  # those that llep itself made
+        self.lost_s = -math.inf  # monotonic time at which all that was stored turned out lost
         self._folder = folder
         self._store: Store | None = None
         self._waiting: deque[NewEvent] = deque(maxlen=MOST_EVENTS_WAITING)
-        self._pruned_s = time.monotonic()
+        self._is_set_aside = False  # a file was, and no other is open yet
+        self._pruned_s = -math.inf
 
     def keep(self) -> list[KnownEngine]:
         """Open the store if it isn't, and prune it from time to time. Returns the engines of a store just opened."""
@@ -52,10 +55,15 @@ class Journal:
             with contextlib.suppress(StoreUnavailable):
                 self._write(lambda store: store.probe())
                 self.problem = ""
-        if time.monotonic() - self._pruned_s > PRUNE_EVERY_S:
-            self._pruned_s = time.monotonic()
-            self._try(lambda store: store.prune(time.time()))
+        self._prune()
         return []
+
+    def _prune(self) -> None:
+        since_s = time.monotonic() - self._pruned_s
+        with contextlib.suppress(StoreUnavailable):
+            if since_s > PRUNE_EVERY_S or (since_s > PRUNE_AGAIN_S and self._do(lambda store: store.is_too_large)):
+                self._pruned_s = time.monotonic()
+                self._try(lambda store: store.prune(time.time()))
 
     def commit(
         self,
@@ -84,8 +92,6 @@ class Journal:
         self._write(lambda store: store.append(revision, event, decision, placement))
         self.problem = ""
         self.desired = desired
-        if author == LLEP:
-            self.own_revisions.add(revision.number)
         logger.info("revision %d: %s", desired.revision, event.message)
 
     def note(self, kind: EventKind, message: str, *, engine: str | None = None, data: dict[str, Any]) -> None:
@@ -111,6 +117,11 @@ class Journal:
     def revisions(self, limit: int, before: int | None) -> list[Revision]:
         """Newest first. Raises StoreUnavailable."""
         return self._do(lambda store: store.revisions(limit, before))
+
+    def is_changed_by_people(self, engine: str, since: int) -> bool:
+        """Whether a person has changed settings of the engine after a revision. Raises StoreUnavailable."""
+        changed = self._do(lambda store: store.changed_by_others(LLEP, since))
+        return any(engines is None or engine in engines for engines, patch in changed if is_of_settings(patch))
 
     def revision(self, number: int) -> Revision | None:
         """Raises StoreUnavailable."""
@@ -168,7 +179,7 @@ class Journal:
     def _open(self) -> list[KnownEngine]:
         """Open the store and take over what it knows; while that fails, say why, and go on without."""
         try:
-            self._store = Store(self._folder)
+            self._store = Store(self._folder, on_set_aside=self._note_set_aside)
             engines = self._take_over(self._store)
         except (StoreUnavailable, Damaged) as error:
             if str(error) != self.problem:
@@ -178,18 +189,24 @@ class Journal:
         self.problem = ""
         return engines
 
+    def _note_set_aside(self, path: Path | None) -> None:
+        self._is_set_aside = True
+        self._waiting.append(_set_aside_event(path))
+
     def _take_over(self, store: Store) -> list[KnownEngine]:
         stored = store.desired().of_known_keys()
         is_lost = stored.revision < self.desired.revision
-        if store.set_aside is not None or is_lost:
-            self._waiting.append(_set_aside_event(store.set_aside))
+        if self._is_set_aside and not self.desired.revision:
+            self.lost_s = time.monotonic()
         if is_lost:  # under us: what we hold in memory is the truth
+            if not self._is_set_aside:
+                self._waiting.append(_set_aside_event(None))
             store.append(*_written_again(self.desired))
         else:
             self.desired = stored
-        self.own_revisions = store.revisions_by(LLEP)
         engines = store.engines()
         self._write_waiting(store)
+        self._is_set_aside = False
         return engines
 
     def _write_waiting(self, store: Store) -> None:
@@ -203,7 +220,7 @@ class Journal:
 
 
 def _set_aside_event(path: Path | None) -> NewEvent:
-    kept = f"damaged and is kept as {path.name}" if path is not None else "gone"
+    kept = f"damaged and is kept as {path.name}" if path is not None else "empty or gone"
     message = f"the state file was {kept}; a new one is begun"
     data = {"path": str(path) if path is not None else None}
     return NewEvent(kind=EventKind.STORE_SET_ASIDE, message=message, time_s=time.time(), data=data)
@@ -213,6 +230,6 @@ def _written_again(desired: Desired) -> tuple[Revision, NewEvent]:
     reason = f"revision {desired.revision} is written again: the state file was damaged or gone"
     now_s = time.time()
     revision = Revision(
-        number=desired.revision, time_s=now_s, author="llep", reason=reason, engines=None, patch={}, desired=desired
+        number=desired.revision, time_s=now_s, author=LLEP, reason=reason, engines=None, patch={}, desired=desired
     )
     return revision, NewEvent(kind=EventKind.SETTINGS, message=reason, time_s=now_s, data={})

@@ -55,6 +55,7 @@ class Placements(Core):
 
         Answers the PlacementView after it. Raises UnknownEngine, PlacementRefused, SettingsError, StoreUnavailable.
         """
+        await self._hear_first()
         self._tick()
         check_texts(author, reason)
         known = self._engine(engine)
@@ -72,6 +73,7 @@ class Placements(Core):
 
         Answers PlacementView. Raises UnknownEngine, PlacementRefused, StoreUnavailable.
         """
+        await self._hear_first()
         self._tick()
         check_texts(author, reason)
         known = self._engine(engine)

@@ -156,6 +156,7 @@ class Questions(Core):
             reports_refused=dict(self._refused),
             reports_lost=self._windows.lost,
             reports_doubled=self._windows.doubled,
+            clock_jumps=self._clock_jumps,
             orders_refused=dict(self._orders_refused),
         )
         return status.model_dump(mode="json")

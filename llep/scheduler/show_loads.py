@@ -46,7 +46,9 @@ def loads(
     chosen = _chosen(phase)
     layer_steps = float(window.sum("layer_steps_P")[chosen].sum())
     imbalance_S = window.sum("imbalance_sum_PS")[chosen].sum(axis=0) / max(layer_steps, 1.0)
-    routed_R, computed_R = (window.sum(name)[chosen].sum(axis=0) for name in ("routed_PR", "computed_PR"))
+    routed_R, computed_R, decisions_D = (
+        window.sum(name)[chosen].sum(axis=0) for name in ("routed_PR", "computed_PR", "decisions_PD")
+    )
     return EngineLoads(
         engine=engine.info.engine,
         model_name=engine.info.model_name,
@@ -55,10 +57,10 @@ def loads(
         layer_steps=int(layer_steps),
         imbalance_ratio_before=float(imbalance_S[0]) if layer_steps else None,
         imbalance_ratio_after=float(imbalance_S[1]) if layer_steps else None,
-        lends=int(window.total("lends_K")),
-        lend_bytes=int(window.total("lend_bytes")),
-        spilled_tokens=int(window.total("spilled_tokens")),
-        decisions={name: int(n) for name, n in zip(DECISIONS, window.sum("decisions_D"), strict=True) if n},
+        lends=int(window.sum("lends_PK")[chosen].sum()),
+        lend_bytes=int(window.sum("lend_bytes_P")[chosen].sum()),
+        spilled_tokens=int(window.sum("spilled_tokens_P")[chosen].sum()),
+        decisions={name: int(n) for name, n in zip(DECISIONS, decisions_D, strict=True) if n},
         layer_seconds=float(window.sum("layer_seconds_P")[chosen].sum()),
         worth=_worth(engine, window, chosen),
         ranks=[
@@ -119,6 +121,7 @@ def _point(columns: Columns, time_s: float, newest: Floats, before: Floats, chos
     is_probed = bool(worth_PW[:, PROBED_PAIRS].sum() > 0)
     layer_steps = float(columns.read(row, "layer_steps_P")[chosen].sum())
     imbalance_S = columns.read(row, "imbalance_sum_PS")[chosen].sum(axis=0) / max(layer_steps, 1.0)
+    seconds_F = columns.read(row, "phase_seconds_PF")[chosen].sum(axis=0)
     return HistoryPoint(
         time_s=time_s,
         tokens=int(columns.read(row, "tokens_P")[chosen].sum()),
@@ -127,11 +130,11 @@ def _point(columns: Columns, time_s: float, newest: Floats, before: Floats, chos
         imbalance_ratio_after=float(imbalance_S[1]) if layer_steps else None,
         routed_R=_ints(columns.read(row, "routed_PR")[chosen].sum(axis=0)),
         computed_R=_ints(columns.read(row, "computed_PR")[chosen].sum(axis=0)),
-        lends=int(columns.read(row, "lends_K").sum()),
-        lend_bytes=int(columns.read(row, "lend_bytes").sum()),
+        lends=int(columns.read(row, "lends_PK")[chosen].sum()),
+        lend_bytes=int(columns.read(row, "lend_bytes_P")[chosen].sum()),
         layer_seconds=float(columns.read(row, "layer_seconds_P")[chosen].sum()),
-        phase_seconds=dict(zip(LAYER_PHASES, columns.read(row, "phase_seconds_F").tolist(), strict=True)),
-        predicted_gain_s=float(columns.read(row, "predicted_gain_s").sum()),
+        phase_seconds=dict(zip(LAYER_PHASES, seconds_F.tolist(), strict=True)),
+        predicted_gain_s=float(columns.read(row, "predicted_gain_s_P")[chosen].sum()),
         measured_gain_s=saved_s(worth_PW) if is_probed else None,
         memory_used_R=_ints(columns.read(newest, "memory_used_R")),
         memory_free_R=_ints(columns.read(newest, "memory_free_R")),
@@ -260,11 +263,11 @@ def evidence_of(engine: Engine, window_s: float, now_s: float, desired_interval_
         before_P=ratio_PS[:, 0],
         after_P=ratio_PS[:, 1],
         layer_seconds_P=window.sum("layer_seconds_P"),
-        phase_seconds=dict(zip(LAYER_PHASES, window.sum("phase_seconds_F").tolist(), strict=True)),
-        lends=window.total("lends_K"),
-        lend_bytes=window.total("lend_bytes"),
-        decisions=dict(zip(DECISIONS, window.sum("decisions_D").tolist(), strict=True)),
-        predicted_gain_s=window.total("predicted_gain_s"),
+        phase_seconds=dict(zip(LAYER_PHASES, window.sum("phase_seconds_PF").sum(axis=0).tolist(), strict=True)),
+        lends=window.total("lends_PK"),
+        lend_bytes=window.total("lend_bytes_P"),
+        decisions=dict(zip(DECISIONS, window.sum("decisions_PD").sum(axis=0).tolist(), strict=True)),
+        predicted_gain_s=window.total("predicted_gain_s_P"),
         worth_NPW=_worth_windows(engine, window),
     )
 
@@ -283,7 +286,7 @@ def ground_of(
     _, routed_NLE = engine.totals.routed_windows()
     pairs_NL = routed_NLE.sum(axis=2)
     window_s = min(placement_window_s(engine), now_s - engine.placed_s)  # what was before says nothing about it
-    *_, lends_L = engine.totals.experts(window_s)
+    *_, lends_PL = engine.totals.experts(window_s)
     return Ground(
         forecast=Forecast(routed_NLE / np.maximum(pairs_NL, 1.0)[:, :, None], pairs_NL, None),
         home_rank_LE=home_rank_LE.astype(np.int64),
@@ -291,7 +294,7 @@ def ground_of(
         room_R=tuple(room_R),
         bytes_per_expert=engine.info.bytes_per_slot,
         bytes_per_s=settings.replica_bytes_per_s,
-        lends_L=lends_L.astype(np.float64),
+        lends_L=lends_PL.sum(axis=0).astype(np.float64),
         evidence=evidence_of(engine, window_s, now_s, desired_interval_s),
     )
 

@@ -11,13 +11,14 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from llep.config import Replicas
-from llep.errors import LlepError
+from llep.errors import LlepError, SettingsError
 from llep.scheduler.changes import words
 from llep.scheduler.decide import Brake, Decision, advise, decide_brake, decide_thresholds
-from llep.scheduler.decide_placement import decide_placement
+from llep.scheduler.decide_placement import decide_placement, is_overfull
 from llep.scheduler.desired import EVERY, Desired, difference
 from llep.scheduler.evidence import Evidence
 from llep.scheduler.journal import LLEP
@@ -31,6 +32,7 @@ logger = logging.getLogger("llep.scheduler")
 
 WINDOW_S = 600.0
 TUNE_EVERY_S = 300.0
+HELD_FOR_PEOPLE_S = 3600.0  # a placement that a person ordered, or went back to, is not changed by llep for so long
 SAID_AGAIN_S = 3600.0  # a decision that stays the same is stored again
 
 
@@ -110,14 +112,23 @@ class Steering(Placements):
         window_s = min(WINDOW_S, now_s - engine.settled_s)
         return evidence_of(engine, window_s, now_s, self._interval_s(engine))
 
+    def _move_times(self, seconds: float) -> None:
+        super()._move_times(seconds)
+        self._brakes = {
+            name: Brake(brake.strikes, brake.since_s + seconds, brake.until_s + seconds)
+            for name, brake in self._brakes.items()
+        }
+
     # Settings.
 
     def _steer_brake(self, engine: Engine, evidence: Evidence) -> None:
         name, now_s = engine.info.engine, time.time()
         brake = self._brake(name)
-        if self._is_changed_by_people(name, self._brake_revisions.get(name, 0)):
-            brake = Brake()
-            self._brake_revisions[name] = self._journal.desired.revision_of(name)
+        revision, seen = self._journal.desired.revision_of(name), self._brake_revisions.get(name, 0)
+        if revision > seen:
+            if self._journal.is_changed_by_people(name, seen):
+                brake = Brake()
+            self._brake_revisions[name] = revision
         decision = decide_brake(evidence, brake, now_s)
         if decision.outcome == "forgiven":
             brake = Brake()
@@ -156,13 +167,8 @@ class Steering(Placements):
         decision = decide_thresholds(evidence, engine.start)
         if not (decision.patch and evidence.settings.auto_tune):
             return self._keep(engine, decision)
-        own = self._journal.own_revisions
         overrides = self._journal.desired.overrides_of(name)
-        free = {
-            key: value
-            for key, value in decision.patch.items()
-            if key not in overrides or overrides[key].revision in own
-        }
+        free = {key: value for key, value in decision.patch.items() if key not in overrides or overrides[key].by_llep}
         is_braked = time.time() < self._brake(name).until_s
         if not free or is_braked or time.monotonic() - self._tuned_s.get(name, -math.inf) < TUNE_EVERY_S:
             return self._keep(engine, decision)
@@ -173,10 +179,14 @@ class Steering(Placements):
     def _set(self, engine: Engine, decision: Decision, kind: EventKind, until_s: float | None) -> bool:
         """Make a decision's patch a revision. Whether it could be stored."""
         name, now_s, before = engine.info.engine, time.time(), self._journal.desired
-        changed = before.changed(decision.patch, [name], self._next_revision(), until_s)
+        changed = before.changed(decision.patch, [name], self._next_revision(), until_s, by_llep=True)
         if changed.says_the_same_as(before):
             return False
-        diff = difference(self._effective(before, [name]), self._effective(changed, [name]))
+        try:
+            diff = difference(self._effective(before, [name]), self._effective(changed, [name]))
+        except SettingsError as error:
+            logger.warning("engine %s can't be changed: %s", name, error.message)
+            return False
         data = {"revision": changed.revision, "patch": decision.patch, "engines": [name], "diff": diff}
         message = f"{words(decision.patch)} on engine {name}: {decision.reason}"
         event = NewEvent(kind=kind, message=message, time_s=now_s, engine=name, author=LLEP, data=data)
@@ -196,15 +206,11 @@ class Steering(Placements):
             return False
         return True
 
-    def _is_changed_by_people(self, name: str, since_revision: int) -> bool:
-        newest = self._journal.desired.revision_of(name)
-        return newest > since_revision and newest not in self._journal.own_revisions
-
     def _is_held_by_people(self, name: str, keys: Mapping[str, Any]) -> bool:
         """Whether a person has set one of these keys for a time that isn't over."""
         desired: Desired = self._journal.desired
         return any(
-            override.revision not in self._journal.own_revisions and override.until_s is not None
+            not override.by_llep and override.until_s is not None
             for target in (EVERY, name)
             for key, override in desired.temporary.get(target, {}).items()
             if key in keys
@@ -223,13 +229,30 @@ class Steering(Placements):
         order = self._journal.desired.placements.get(name)
         is_filling = order is not None and engine.live_placement != order.number
         decision, found = await asyncio.to_thread(decide_placement, ground, is_filling=is_filling)
-        is_still_so = self._journal.desired.placements.get(name) == order and name in self._windows.engines
-        if decision.outcome != "order" or found is None or not is_still_so:
+        if not (self._windows.engines.get(name) is engine and self._journal.desired.placements.get(name) == order):
+            return  # while it was planned, the engine started anew or somebody ordered another placement
+        if decision.outcome == "order" and self._settings_of(engine) != settings:
+            return  # as soon as the new settings are live, they are asked
+        if decision.outcome == "order" and not is_overfull(ground) and (held := self._held_placement(name)):
+            decision, found = replace(decision, outcome="held", reason=f"{held}; else: {decision.reason}"), None
+        if decision.outcome != "order" or found is None:
             return self._keep(engine, decision)
         wanted = copies_of(found.plan.replicas)
         self._check_fits(engine, wanted)
         self._order(engine, wanted, LLEP, decision.reason, decision)
         self._said[(name, "placement")] = (decision.outcome, time.monotonic())
+
+    def _held_placement(self, name: str) -> str:
+        """Why llep leaves the placement alone: a person ordered it lately. '' if not so. Raises StoreUnavailable."""
+        newest = self._journal.placements(name, 1)
+        if not newest or newest[0].author == LLEP:
+            return ""
+        left_s = newest[0].time_s + HELD_FOR_PEOPLE_S - time.time()
+        if not 0.0 < left_s <= HELD_FOR_PEOPLE_S:
+            return ""
+        return (
+            f"{newest[0].author} ordered placement {newest[0].number}, which is left alone for another {left_s:.0f} s"
+        )
 
     def _keep(self, engine: Engine, decision: Decision) -> None:
         """Store a decision that changes nothing, if it is another than before."""

@@ -12,7 +12,7 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,15 +58,35 @@ _MIGRATIONS = (
     );
     CREATE INDEX placements_by_engine ON placements (engine, number);
     """,
+    # Only the newest revision is asked for placements and recordings; those of many engines are large.
+    """
+    UPDATE revisions SET desired = json_remove(desired, '$.placements', '$.recordings')
+    WHERE number < (SELECT max(number) FROM revisions);
+    """,
 )
 # What is pruned, and by which key it is in order of age.
 _KEYS = {"revisions": "number", "events": "id", "decisions": "id", "placements": "number"}
+# What is never pruned: what holds, and what a placement can be taken back to.
+_KEPT = {
+    "revisions": " AND number < (SELECT max(number) FROM revisions)",
+    "placements": " AND number NOT IN (SELECT number FROM (SELECT number, row_number() OVER "
+    "(PARTITION BY engine ORDER BY number DESC) AS place FROM placements) WHERE place <= 2)",
+}
+_TEXTS = {
+    "revisions": ("patch", "desired", "diff"),
+    "events": ("message", "data"),
+    "decisions": ("reason", "inputs"),
+    "placements": ("replicas",),
+}
 MAX_AGE_S = {"revisions": 365 * DAY_S, "events": 30 * DAY_S, "decisions": 30 * DAY_S, "placements": 365 * DAY_S}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Revision:
-    """One accepted change. engines None: all, also those still to come. `desired` is all that holds after it."""
+    """One accepted change. engines None: all, also those still to come.
+
+    `desired` is all that holds after it; placements and recordings are left out of all but the newest.
+    """
 
     number: int
     time_s: float
@@ -136,10 +156,15 @@ class Store:
         *,
         max_age_s: dict[str, float] | None = None,
         max_bytes: int = 64 << 20,
+        on_set_aside: Callable[[Path | None], None] = lambda path: None,
     ) -> None:
-        """Open or make the store. Raises StoreUnavailable: not writable, in use, or written by a newer llep."""
+        """Open or make the store. Raises StoreUnavailable: not writable, in use, or written by a newer llep.
+
+        on_set_aside: called with where a damaged file went as soon as it is there; None for an empty one, which is not
+        kept.
+        """
         self.path = folder / FILE
-        self.set_aside: Path | None = None  # where the damaged file went, if there was one
+        self._on_set_aside = on_set_aside
         self._max_age_s = MAX_AGE_S | (max_age_s or {})
         self._max_bytes = max_bytes
         self._lock = _take_lock(folder)
@@ -166,10 +191,18 @@ class Store:
         decision: NewDecision | None = None,
         placement: StoredPlacement | None = None,
     ) -> None:
-        """Store a revision and what belongs to it, all or nothing; on return it survives a crash of the machine."""
+        """Store a revision and what belongs to it, all or nothing; on return it survives a crash of the machine.
+
+        Placements and recordings are kept of the newest revision only: going back to an older one leaves them alone.
+        """
         row = (revision.number, revision.time_s, revision.author, revision.reason)
         contents = (_json_or_null(revision.engines), _json(revision.patch), _json(revision.desired))
         self._write(
+            (
+                "UPDATE revisions SET desired = json_remove(desired, '$.placements', '$.recordings') "
+                "WHERE number = (SELECT max(number) FROM revisions)",
+                (),
+            ),
             # Or replace: a revision whose write failed halfway was not acknowledged, and its number is used again.
             (
                 "INSERT OR REPLACE INTO revisions VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -192,9 +225,13 @@ class Store:
         rows = self._read("SELECT * FROM revisions WHERE number = ?", number)
         return _revision(rows[0]) if rows else None
 
-    def revisions_by(self, author: str) -> set[int]:
-        """Numbers of the revisions that the author made."""
-        return {number for (number,) in self._read("SELECT number FROM revisions WHERE author = ?", author)}
+    def changed_by_others(self, author: str, since: int) -> list[tuple[list[str] | None, dict[str, Any]]]:
+        """(engines, patch) of the revisions after `since` that somebody else than the author made."""
+        rows = self._read("SELECT engines, patch FROM revisions WHERE number > ? AND author != ?", since, author)
+        return [
+            (None if engines is None else msgspec.json.decode(engines), msgspec.json.decode(patch))
+            for engines, patch in rows
+        ]
 
     def add_decision(self, decision: NewDecision) -> None:
         self._write(_insert_decision(decision))
@@ -267,20 +304,31 @@ class Store:
         self._write(("CREATE TABLE IF NOT EXISTS probe (content BLOB)", ()), room)
         self._write(("DROP TABLE probe", ()))
 
+    @property
+    def is_too_large(self) -> bool:
+        return self._used_bytes() > self._max_bytes
+
     def prune(self, now_s: float) -> None:
-        """Drop what is too old, then the oldest quarters until the size fits; the newest revision always stays."""
+        """Drop what is too old, then the oldest quarters of what takes most until the size fits."""
         for table, max_age_s in self._max_age_s.items():
             self._drop(table, "time_s < ?", now_s - max_age_s)
-        for _ in range(20):
-            if self._used_bytes() <= self._max_bytes:
+        for _ in range(100):
+            if not self.is_too_large:
                 break
-            for table, key in _KEYS.items():
-                ((count,),) = self._read(f"SELECT count(*) FROM {table}")
-                self._drop(table, f"{key} IN (SELECT {key} FROM {table} ORDER BY {key} LIMIT ?)", count // 4 + 1)
+            table = max(_KEYS, key=self._bytes_of)
+            ((count,),) = self._read(f"SELECT count(*) FROM {table}")
+            if count <= 1:
+                break
+            key = _KEYS[table]
+            self._drop(table, f"{key} IN (SELECT {key} FROM {table} ORDER BY {key} LIMIT ?)", count // 4 + 1)
 
     def _drop(self, table: str, condition: str, value: float) -> None:
-        keep = " AND number < (SELECT max(number) FROM revisions)" if table == "revisions" else ""
-        self._write((f"DELETE FROM {table} WHERE {condition}{keep}", (value,)))
+        self._write((f"DELETE FROM {table} WHERE {condition}{_KEPT.get(table, '')}", (value,)))
+
+    def _bytes_of(self, table: str) -> int:
+        """What its texts take."""
+        lengths = " + ".join(f"length({column})" for column in _TEXTS[table])
+        return int(self._read(f"SELECT coalesce(sum({lengths}), 0) FROM {table}")[0][0])
 
     def _used_bytes(self) -> int:
         pages, free, size = (
@@ -292,7 +340,7 @@ class Store:
         try:
             return self._open()
         except Damaged:
-            self.set_aside = _set_aside(self.path)
+            self._on_set_aside(_set_aside(self.path))
         try:
             return self._open()
         except Damaged as error:
@@ -303,6 +351,7 @@ class Store:
             raise Damaged("the file is gone, its journal is left")  # SQLite would take the journal for a new file's
         if self.path.exists() and not self.path.stat().st_size:
             raise Damaged("empty file")
+        was_there = self.path.exists()
         db = sqlite3.connect(self.path, timeout=2.0, isolation_level=None, check_same_thread=False)
         try:
             db.execute("PRAGMA journal_mode = WAL")
@@ -316,6 +365,8 @@ class Store:
             db.close()
             if _is_damage(error):
                 raise Damaged(str(error)) from None
+            if not was_there:
+                _remove_if_empty(self.path)  # what a full disk left is no file of ours
             raise StoreUnavailable(_way_out(self.path, error)) from None
         except BaseException:
             db.close()
@@ -416,8 +467,21 @@ def _is_damage(error: sqlite3.Error) -> bool:
     )
 
 
-def _set_aside(path: Path) -> Path:
-    """Move the file and its journals away; returns where to. Only the newest few are kept."""
+def _remove_if_empty(path: Path) -> bool:
+    """Remove a file without contents, whose journal has none either."""
+    files = [Path(f"{path}{suffix}") for suffix in ("", "-wal", "-shm")]
+    with contextlib.suppress(OSError):
+        if files[0].exists() and not any(file.stat().st_size for file in files[:2] if file.exists()):
+            for file in files:
+                file.unlink(missing_ok=True)
+            return True
+    return False
+
+
+def _set_aside(path: Path) -> Path | None:
+    """Move the file and its journals away; returns where to, None if it was empty. Only the newest few are kept."""
+    if _remove_if_empty(path):
+        return None
     kept = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
     try:
         for suffix in ("-wal", "-shm", ""):

@@ -24,8 +24,8 @@ Floats = npt.NDArray[np.float64]
 AnyRing = TypeVar("AnyRing", bound=Kept)
 
 WORTH_FIELDS = len(Worth.__struct_fields__)
-# Of each rank: seconds by step phase and by layer phase, worth by step phase, memory used and free.
-PER_RANK = len(STEP_PHASES) + len(LAYER_PHASES) + len(STEP_PHASES) * WORTH_FIELDS
+# Of each rank, by step phase: seconds, seconds by layer phase, worth; memory used and free.
+PER_RANK = len(STEP_PHASES) * (1 + len(LAYER_PHASES) + WORTH_FIELDS)
 GAUGES = 2
 DECISIONS = tuple(str(decision) for decision in Decision)
 
@@ -45,14 +45,14 @@ class Columns:
             "imbalance_sum_PS": (P, S),
             "routed_PR": (P, R),
             "computed_PR": (P, R),
-            "lends_K": (len(LINKS),),
-            "lend_bytes": (1,),
-            "spilled_tokens": (1,),
-            "predicted_gain_s": (1,),
-            "decisions_D": (len(DECISIONS),),
+            "lends_PK": (P, len(LINKS)),
+            "lend_bytes_P": (P,),
+            "spilled_tokens_P": (P,),
+            "predicted_gain_s_P": (P,),
+            "decisions_PD": (P, len(DECISIONS)),
             # Means over ranks.
             "layer_seconds_P": (P,),
-            "phase_seconds_F": (len(LAYER_PHASES),),
+            "phase_seconds_PF": (P, len(LAYER_PHASES)),
             "worth_PW": (P, WORTH_FIELDS),
             # Gauges: they don't grow, and their difference says nothing.
             "memory_used_R": (R,),
@@ -74,7 +74,7 @@ class Columns:
         group = report.group
         assert group is not None
         arrays = found.arrays
-        lends_K = arrays["lends_in_RK"].sum(axis=0)
+        lends_PK = arrays["lends_in_PRK"].sum(axis=1)
         seconds_X = per_rank_RX[heard, :PER_RANK].mean(axis=0)
         return np.concatenate(
             [
@@ -83,13 +83,11 @@ class Columns:
                 arrays["imbalance_sum_PLS"].sum(axis=1).reshape(-1),
                 arrays["routed_PLR"].sum(axis=1).reshape(-1),
                 arrays["computed_PLR"].sum(axis=1).reshape(-1),
-                lends_K,
-                [
-                    float(lends_K.sum()) * group.bytes_per_lend,
-                    float(arrays["spilled_in_R"].sum()),
-                    group.predicted_gain_s,
-                ],
-                [group.decisions.get(name, 0) for name in DECISIONS],
+                lends_PK.reshape(-1),
+                lends_PK.sum(axis=1) * float(group.bytes_per_lend),
+                arrays["spilled_in_PR"].sum(axis=1),
+                [group.predicted_gain_s.get(phase, 0.0) for phase in STEP_PHASES],
+                [group.decisions.get(phase, {}).get(name, 0) for phase in STEP_PHASES for name in DECISIONS],
                 seconds_X,
                 per_rank_RX[:, PER_RANK:].T.reshape(-1),
             ]
@@ -99,9 +97,10 @@ class Columns:
 def per_rank(report: Report) -> list[float]:
     """What a rank says of its own time and memory: PER_RANK + GAUGES numbers."""
     nothing = Worth()
+    seconds_by_step = (report.phase_seconds.get(step, {}) for step in STEP_PHASES)
     return [
         *(report.layer_seconds.get(phase, 0.0) for phase in STEP_PHASES),
-        *(report.phase_seconds[phase].sum if phase in report.phase_seconds else 0.0 for phase in LAYER_PHASES),
+        *(each[phase].sum if phase in each else 0.0 for each in seconds_by_step for phase in LAYER_PHASES),
         *(value for phase in STEP_PHASES for value in msgspec.structs.astuple(report.worth.get(phase, nothing))),
         report.memory_used_bytes,
         report.device_free_bytes,
@@ -140,7 +139,7 @@ class Totals:
         P, L, R, E = len(STEP_PHASES), num_layers, ep_size, num_experts
         self._shape_PLE, self._shape_PLR = (P, L, E), (P, L, R)
         # Modulo 2^32: the difference of two rows is right all the same, up to 4 billion pairs of one expert.
-        width = P * L * (E + R) + L
+        width = P * L * (E + R + 1)
         self._expert_steps = Ring(expert_step_s, EXPERT_ROWS, width, np.uint32)
         self._expert_rings: list[Kept] = [
             Increments(1.0, EXPERT_SECONDS, width, np.uint32),
@@ -166,7 +165,7 @@ class Totals:
         """Take the newest counts. Whether a new step of the experts' has begun."""
         arrays = found.arrays
         experts = np.concatenate(
-            [arrays["routed_PLE"].reshape(-1), arrays["computed_PLR"].reshape(-1), arrays["lends_L"]],
+            [arrays["routed_PLE"].reshape(-1), arrays["computed_PLR"].reshape(-1), arrays["lends_PL"].reshape(-1)],
             dtype=np.uint32,
             casting="unsafe",
         )
@@ -203,7 +202,7 @@ class Totals:
     def experts(
         self, window_s: float
     ) -> tuple[float, npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(seconds covered, routed_PLE, computed_PLR, lends_L) of the window, or what there is of it."""
+        """(seconds covered, routed_PLE, computed_PLR, lends_PL) of the window, or what there is of it."""
         start_s = self.newest_s - window_s
         from_s, base = _ring_for(self._expert_rings, start_s).at(start_s)
         return (self.newest_s - from_s, *self._parts(self.newest_experts - base))
@@ -228,8 +227,8 @@ class Totals:
         self, row: npt.NDArray[np.uint32]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         sizes = [int(np.prod(self._shape_PLE)), int(np.prod(self._shape_PLR))]
-        routed, computed, lends_L = np.split(row.astype(np.int64), np.cumsum(sizes))
-        return routed.reshape(self._shape_PLE), computed.reshape(self._shape_PLR), lends_L
+        routed, computed, lends = np.split(row.astype(np.int64), np.cumsum(sizes))
+        return routed.reshape(self._shape_PLE), computed.reshape(self._shape_PLR), lends.reshape(self._shape_PLE[:2])
 
 
 def _ring_for(rings: Sequence[AnyRing], start_s: float) -> AnyRing:

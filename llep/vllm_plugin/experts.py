@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.model_executor.layers.fused_moe import modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPrepareAndFinalizeNoDPEPModular
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
@@ -25,28 +26,59 @@ _SHARED_BY_EXPERTS = ("w13_input_scale", "w2_input_scale", "e_score_correction_b
 # Kernels that leave out the pairs whose expert a map says is elsewhere, under CUDA-graph capture too.
 _LEAVE_OUT = ("TritonExperts", "MarlinExperts", "OAITritonExperts", "UnfusedOAITritonExperts")
 
+# Kernels that take an id for a row of the weights they are given, however many rows there are. Others (FlashInfer's,
+# TensorRT-LLM's) take it for an expert of the whole model and look for it by the rank's own place, or keep sizes and
+# scales of the layer's own experts: with lent weights they would compute something else.
+_BY_ROW = (
+    *_LEAVE_OUT,
+    *("DeepGemmExperts", "TritonOrDeepGemmExperts"),
+    *("CPUUnquantizedExperts", "X86CPUUnquantizedExperts", "ArmCPUUnquantizedExperts", "PowerCPUUnquantizedExperts"),
+    *("CPUExpertsFp8", "CPUExpertsFp8W8A8", "CPUExpertsMxfp4", "CPUExpertsInt4", "CPUExpertsInt8"),
+)
+_OTHER_KERNEL = (
+    "choose another with --moe-backend (marlin for MXFP4, triton for FP8 and what is not quantized), or run without "
+    "llep (VLLM_PLUGINS='')"
+)
+
 # All of vLLM's workers that can sleep; the others derive from one of them.
 _WORKERS = (("vllm.v1.worker.gpu_worker", "Worker"), ("vllm.v1.worker.cpu_worker", "CPUWorker"))
+# What they are told to do to weights: not all of it goes through the experts' loader.
+_CHANGES = (
+    *("reload_weights", "reset_weights", "update_weights"),
+    *("start_weight_update", "start_draft_weight_update", "finish_weight_update"),
+)
 
 _num_loads = 0
+_is_asleep = False  # weights may have no memory
 _when_loaded: list[Callable[[], None]] = []
+_when_woken: list[Callable[[], None]] = []
 
 
 def count_loads() -> None:
     """Have vLLM tell whenever it loads weights of experts, also anew while serving, by whatever way."""
-    _count_calls(RoutedExperts, "weight_loader")
+    _wrap(RoutedExperts, "weight_loader", _telling)
 
 
-def count_wakes() -> None:
-    """Have the workers that are loaded tell when they wake up: what was asleep may have lost its weights."""
+def count_changes() -> None:
+    """Have the workers that are loaded tell when they change weights, sleep, or wake up: weights may be lost then."""
     for module, name in _WORKERS:
         if worker := getattr(sys.modules.get(module), name, None):
-            _count_calls(worker, "wake_up")
+            for change in _CHANGES:
+                _wrap(worker, change, _telling)
+            _wrap(worker, "sleep", _sleeping)
+            _wrap(worker, "discard", _discarding)
+            _wrap(worker, "wake_up", _waking)
 
 
 def when_loaded(tell: Callable[[], None]) -> None:
-    """Have tell() called with every load of an expert's weights and every wake-up, before it: often, so it is quick."""
+    """Have tell() called before every load of an expert's weights: often, so it is quick, and inside of vLLM's loaders,
+    which count and replace Tensor.copy_, so it uses none. Not while asleep."""
     _when_loaded.append(tell)
+
+
+def when_woken(tell: Callable[[], None]) -> None:
+    """Have tell() called once weights have their memory again, and maybe nothing that was in it."""
+    _when_woken.append(tell)
 
 
 def num_loads() -> int:
@@ -54,22 +86,57 @@ def num_loads() -> int:
     return _num_loads
 
 
-def _count_calls(owner: type, name: str) -> None:
+def _wrap(owner: type, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Harmless when repeated."""
     method = getattr(owner, name)
-    if hasattr(method, "is_counted_by_llep"):
-        return
+    if not hasattr(method, "is_wrapped_by_llep"):
+        wrapped = functools.wraps(method)(around(method))
+        wrapped.is_wrapped_by_llep = True  # type: ignore[attr-defined]
+        setattr(owner, name, wrapped)
 
-    @functools.wraps(method)
-    def counted(*args: Any, **kwargs: Any) -> Any:
+
+def _telling(method: Callable[..., Any]) -> Callable[..., Any]:
+    def changes(*args: Any, **kwargs: Any) -> Any:
         global _num_loads
         _num_loads += 1
-        for tell in _when_loaded:
-            tell()
+        if not _is_asleep:
+            for tell in _when_loaded:
+                tell()
         return method(*args, **kwargs)
 
-    counted.is_counted_by_llep = True  # type: ignore[attr-defined]
-    setattr(owner, name, counted)
+    return changes
+
+
+def _sleeping(method: Callable[..., Any]) -> Callable[..., Any]:
+    def sleep(*args: Any, **kwargs: Any) -> Any:
+        global _is_asleep
+        _is_asleep = True
+        return method(*args, **kwargs)
+
+    return sleep
+
+
+def _discarding(method: Callable[..., Any]) -> Callable[..., Any]:
+    def discard(worker: Any, tags: tuple[str, ...]) -> Any:
+        global _is_asleep
+        _is_asleep = _is_asleep or "weights" in tags
+        return method(worker, tags)
+
+    return discard
+
+
+def _waking(method: Callable[..., Any]) -> Callable[..., Any]:
+    def wake_up(worker: Any, tags: list[str] | None = None) -> Any:
+        global _num_loads, _is_asleep
+        result = method(worker, tags)
+        if tags is None or "weights" in tags:
+            _num_loads += 1
+            _is_asleep = False
+            for tell in _when_woken:
+                tell()
+        return result
+
+    return wake_up
 
 
 class VllmExperts:
@@ -116,8 +183,9 @@ class VllmExperts:
             **self._routed._parameters,
             **{name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in bank.items()},
         }
-        experts = copy.copy(_fused_experts(self._routed))
-        experts.quant_config = self._routed.quant_method.get_fused_moe_quant_config(view)
+        config = self._routed.quant_method.get_fused_moe_quant_config(view)
+        self._refuse_copies(config, bank)
+        experts = _with_config(_fused_experts(self._routed), config)
         self._other_kernels.append((bank, _local_kernel(experts)))
         self._prepare_map(bank)
 
@@ -172,21 +240,55 @@ class VllmExperts:
         )
         return output_TH
 
+    def restore_maps(self) -> None:
+        """After sleep, which may have lost them: graphs read them where they are."""
+        for rows, places in self._maps.items():
+            places.copy_(_places(rows))
+
     def _kernel_of(self, bank: Mapping[str, torch.Tensor]) -> mk.FusedMoEKernel:
         if bank is self.weights:
             return self._home_kernel
         return next(kernel for known, kernel in self._other_kernels if known is bank)
 
+    def _refuse_copies(self, config: FusedMoEQuantConfig | None, bank: Mapping[str, torch.Tensor]) -> None:
+        """Raise unless the kernel reads scales and biases where they are lent to: what vLLM makes of them ahead, of a
+        bank that is still empty, would never hear of what is lent."""
+        routed = self._routed
+        shared = [it for name, it in routed.named_parameters(recurse=False) if name in _SHARED_BY_EXPERTS]
+        known = {tensor.untyped_storage().data_ptr() for tensor in (*bank.values(), *shared)}
+        for part in () if config is None else (config._a1, config._a2, config._w1, config._w2):
+            for name, value in vars(part).items():
+                if isinstance(value, torch.Tensor) and value.ndim and value.untyped_storage().data_ptr() not in known:
+                    raise UnsupportedConfiguration(
+                        f"{type(routed.quant_method).__name__} gives {type(_fused_experts(routed)).__name__} a {name} "
+                        f"of shape {tuple(value.shape)} that is made of the weights ahead, so that it would be stale "
+                        f"once others are lent: {_OTHER_KERNEL}"
+                    )
+
     def _prepare_map(self, bank: Mapping[str, torch.Tensor]) -> None:
-        """Every row is where it is, the one behind the last elsewhere. Made ahead: no capture copies from the host."""
+        """Made ahead: no capture copies from the host."""
         weights = bank["w13_weight"]
-        places = torch.tensor([*range(len(weights)), -1], dtype=torch.int32, device=weights.device)
-        self._maps.setdefault(len(weights), places)
+        self._maps.setdefault(len(weights), _places(len(weights)).to(weights.device))
+
+
+def _places(rows: int) -> torch.Tensor:
+    """Every row is where it is, the one behind the last elsewhere."""
+    return torch.tensor([*range(rows), -1], dtype=torch.int32)
 
 
 def _local_kernel(experts: mk.FusedMoEExpertsModular) -> mk.FusedMoEKernel:
     """A kernel that computes the rows it is given, where they are: llep has moved them already."""
     return mk.FusedMoEKernel(MoEPrepareAndFinalizeNoDPEPModular(), experts)
+
+
+def _with_config(experts: mk.FusedMoEExpertsModular, config: FusedMoEQuantConfig | None) -> mk.FusedMoEExpertsModular:
+    """The same kernel with other scales and biases; of one that chooses between two by the batch, both."""
+    made = copy.copy(experts)
+    made.quant_config = config
+    for name, value in vars(experts).items():
+        if isinstance(value, mk.FusedMoEExpertsModular):
+            setattr(made, name, _with_config(value, config))
+    return made
 
 
 def _fused_experts(routed_experts: Any) -> mk.FusedMoEExpertsModular:
@@ -198,8 +300,12 @@ def _fused_experts(routed_experts: Any) -> mk.FusedMoEExpertsModular:
     ):
         raise UnsupportedConfiguration(
             f"{type(method).__name__} computes its experts with {type(experts).__name__}, a monolithic or batched "
-            "kernel that llep can't give rows to: choose another with --moe-backend (triton, for one), or run without "
-            "llep (VLLM_PLUGINS='')"
+            f"kernel that llep can't give rows to: {_OTHER_KERNEL}"
+        )
+    if type(experts).__name__ not in _BY_ROW:
+        raise UnsupportedConfiguration(
+            f"{type(method).__name__} computes its experts with {type(experts).__name__}, which is not known to "
+            f"compute with lent weights what it computes with its own: {_OTHER_KERNEL}"
         )
     return experts
 
@@ -216,12 +322,12 @@ def _lendable(routed_experts: Any) -> dict[str, torch.Tensor]:
             raise UnsupportedConfiguration(
                 f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; llep lends tensors that have "
                 f"the {routed_experts.local_num_experts} local experts as their first dimension, each a stretch of "
-                "memory of its own: choose another --moe-backend"
+                f"memory of its own: {_OTHER_KERNEL}"
             )
     for name in ("w13_weight", "w2_weight"):
         if name not in weights:
             raise UnsupportedConfiguration(
-                f"{type(routed_experts.quant_method).__name__} keeps no {name} tensor that llep could lend: choose "
-                "another --moe-backend"
+                f"{type(routed_experts.quant_method).__name__} keeps no {name} tensor that llep could lend: "
+                f"{_OTHER_KERNEL}"
             )
     return weights

@@ -48,7 +48,7 @@ from llep.spool import spool_dir
 from llep.vllm_plugin import DEALING_BACKENDS
 from llep.vllm_plugin.courier import AgentProcess, Courier
 from llep.vllm_plugin.dummy import is_dummy_run, mark_dummy_runs
-from llep.vllm_plugin.experts import VllmExperts, count_wakes, num_loads, when_loaded
+from llep.vllm_plugin.experts import VllmExperts, count_changes, num_loads, when_loaded, when_woken
 from llep.vllm_plugin.recording import Recorder
 
 logger = logging.getLogger("vllm.llep")
@@ -77,6 +77,15 @@ class RankLayer:
     number: int
     experts: VllmExperts
     placed: PlacedLayer
+    most_made_up: int = 0  # tokens of the largest made-up step so far
+
+    def is_largest_made_up(self, step: RankStep) -> bool:
+        """Whether the step is made up and larger than those before it: the same on all ranks, once for each step."""
+        tokens = step.step.tokens
+        if step.is_real or tokens <= self.most_made_up:
+            return False
+        self.most_made_up = tokens
+        return True
 
     @property
     def moe(self) -> LeastLoadedMoE:
@@ -118,13 +127,14 @@ class Rank:
         self._has_lent = False
         self._is_trusted = True  # until a verified step differs
         mark_dummy_runs()
-        count_wakes()
+        count_changes()
         warm_up()  # compiles the planners on a machine's first start, and takes them from the cache afterwards
         group = get_ep_group()
         self._transport = Transport(group.ranks, group.device, settings.watchdog_s)
         logger.info("llep: weights are lent by %s", self._transport.lends_by)
         self._replicas = Replicas(self._transport)
         when_loaded(self._replicas.home_only)
+        when_woken(self._wake_up)
         self._machines = self._machine_of_ranks()
         self._ranks_per_node = ranks_per_node(self._machines)
         self._cost_model = self._agreed_cost_model(settings.cost_model)
@@ -349,7 +359,19 @@ class Rank:
         """This layer's step; before the first layer, all ranks agree on it. Every rank enters it."""
         if layer.index == 0 or self._current is None:
             self._current = self._agree_on_step(context, num_tokens)
-        return self._current
+        if layer.index < len(self._info.layer_numbers):
+            return self._current
+        return self._draft_step(self._current, context, num_tokens)
+
+    def _draft_step(self, agreed: RankStep, context: ForwardContext, num_tokens: int) -> RankStep:
+        """A draft model's: its tokens are its own, and what was agreed on may be of long ago, where the steps of the
+        model itself are replayed from graphs. Where tokens are replicated all ranks see the same, without a word."""
+        real_tokens, is_prefill = tokens_of(context, num_tokens, self._part)
+        step, is_real = agreed.step, agreed.is_real
+        if self.is_replicated:
+            is_real = real_tokens is not None
+            step = Step("prefill" if is_prefill else "decode", num_tokens if real_tokens is None else real_tokens)
+        return RankStep(step, agreed.settings, _rows(real_tokens, num_tokens, is_real=is_real), is_real)
 
     def _agree_on_step(self, context: ForwardContext, num_tokens: int) -> RankStep:
         self._step_number += 1
@@ -385,8 +407,7 @@ class Rank:
         self._transport.watchdog_s = settings.watchdog_s if any(self._steps.values()) else 1800.0
         if is_real:
             self._steps[step.phase] += 1
-        rows = num_tokens if real_tokens is None and not is_real else real_tokens or 0
-        return RankStep(step, settings, rows, is_real)
+        return RankStep(step, settings, _rows(real_tokens, num_tokens, is_real=is_real), is_real)
 
     def _map_captured(self) -> None:
         """Have captured steps use the replicas that act under the live settings. Every rank enters it."""
@@ -415,10 +436,15 @@ class Rank:
         combined_TH: torch.Tensor = get_ep_group().combine(output_TH, is_dealt_out)
         return combined_TH
 
-    def rehearse_layer(self, layer: RankLayer, step: RankStep, *batch: torch.Tensor) -> torch.Tensor:
-        """run_layer in a step that is made up on all ranks. What may be captured later runs first, so that its kernels
-        are compiled and its memory is seen. Every rank enters it."""
-        self.run_captured(layer, *batch)
+    def rehearse_layer(self, layer: RankLayer, step: RankStep, is_largest: bool, *batch: torch.Tensor) -> torch.Tensor:
+        """run_layer in a step that is made up on all ranks. What may come later runs first, so that its kernels are
+        compiled and its memory is seen: what is captured, and in the largest step as many rows at a time as any
+        batch may have, with each bank. Every rank enters it, and in it no other collectives than theirs."""
+        if layer.placed.device_map is not None:
+            self.run_captured(layer, *batch)
+        if is_largest:
+            banks = (layer.experts.weights, layer.moe.pool.tensors, layer.placed.room.bank)
+            layer.moe.rehearse(batch[0], [bank for bank in banks if bank and len(bank["w13_weight"])])
         return self.run_layer(layer, step, *batch)
 
     def run_layer(
@@ -593,6 +619,12 @@ class Rank:
                 group=window.group_loads() if self._transport.rank == 0 else None,
             )
 
+    def _wake_up(self) -> None:
+        """What captured steps read lies where vLLM keeps weights, and may be lost: written anew, without replicas."""
+        self._replicas.restore_maps()
+        for layer in self.layers:
+            layer.experts.restore_maps()
+
     def _check_placement(self, order: PlacementOrder) -> None:
         self._replicas.check(order, len(self._info.layer_numbers))
 
@@ -654,6 +686,11 @@ def tokens_of(context: ForwardContext, num_tokens: int, part: int = 0) -> tuple[
     longest = getattr(first, "max_query_len", None)
     is_prefill = longest > 1 if longest is not None else first.num_prefills > 0
     return real_tokens, bool(is_prefill)
+
+
+def _rows(real_tokens: int | None, num_tokens: int, *, is_real: bool) -> int:
+    """How many of a rank's tokens take part: of a batch that is made up none, but where all ranks' are."""
+    return num_tokens if real_tokens is None and not is_real else real_tokens or 0
 
 
 def _layer_number(layer_name: str) -> int:

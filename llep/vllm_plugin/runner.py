@@ -109,30 +109,41 @@ class LeastLoadedMoERunner(MoERunner):  # type: ignore[misc]
         shared_experts_input: torch.Tensor | None,
         input_ids: torch.Tensor | None = None,
     ) -> Any:
-        self._compute = self._begin_layer(len(hidden_states))
-        return super()._forward_impl(hidden_states, router_logits, shared_experts_input, input_ids)
+        self._compute, is_both_ways = self._begin_layer(len(hidden_states))
+        output = super()._forward_impl(hidden_states, router_logits, shared_experts_input, input_ids)
+        if is_both_ways:
+            self._compute = None
+            super()._forward_impl(hidden_states, router_logits, shared_experts_input, input_ids)
+        return output
 
-    def _begin_layer(self, num_tokens: int) -> Compute | None:
-        """How llep computes this layer in this step; None leaves the layer to vLLM. The same on all ranks."""
+    def _begin_layer(self, num_tokens: int) -> tuple[Compute | None, bool]:
+        """How llep computes this layer in this step; None leaves the layer to vLLM. The same on all ranks.
+
+        And whether it is computed both ways, for vLLM locks its workspace at the size that was asked for before it
+        serves, and a call that wants more ends the engine: the largest batch goes both ways while it is made up.
+        """
         if self._layer is None:
-            return None
+            return None, False
         assert self._rank is not None
         context = get_forward_context()
         may_be_captured = self._layer.placed.device_map is not None
         if is_captured(context):
-            return partial(self._rank.run_captured, self._layer) if may_be_captured else None
+            return partial(self._rank.run_captured, self._layer) if may_be_captured else None, False
         step = self._rank.begin_layer(self._layer, context, num_tokens)
-        if may_be_captured and not step.is_real:  # vLLM makes up a step of each size before it captures one
-            return partial(self._rank.rehearse_layer, self._layer, step)
+        is_cpu = current_platform.is_cpu()  # where vLLM has neither a workspace nor working expert parallelism
+        is_largest = not is_cpu and self._layer.is_largest_made_up(step)
+        # vLLM makes up a step of each size before it captures one.
+        if is_largest or (may_be_captured and not step.is_real):
+            return partial(self._rank.rehearse_layer, self._layer, step, is_largest), is_largest
         compute = partial(self._rank.run_layer, self._layer, step)
-        if current_platform.is_cpu():
-            return compute  # vLLM has no working expert parallelism of its own on CPU
+        if is_cpu:
+            return compute, False
         settings, layer = step.settings, self._layer
         is_small = step.step.tokens < settings.min_batch_tokens
         is_left_alone = settings.mode is Mode.OFF or (
             is_small and not plans_replicas(settings, layer.number, layer.placement)
         )
-        return None if is_left_alone else compute
+        return None if is_left_alone else compute, False
 
     def _maybe_dispatch(
         self, hidden_states: torch.Tensor, router_logits: torch.Tensor

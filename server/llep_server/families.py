@@ -54,8 +54,8 @@ def _by_place(values: Iterable[float]) -> Iterable[Sample]:
 
 
 def _in_and_out(group: GroupLoads) -> Iterable[Sample]:
-    for direction, spilled_R in (("in", group.spilled_in_R), ("out", group.spilled_out_R)):
-        tokens = spilled_R.numpy().tolist()
+    for direction, spilled_PR in (("in", group.spilled_in_PR), ("out", group.spilled_out_PR)):
+        tokens = spilled_PR.numpy().sum(axis=0).tolist()
         yield from zip(_all_labels(range(len(tokens)), (direction,)), tokens, strict=True)
 
 
@@ -67,8 +67,8 @@ def _lends(factor: Callable[[GroupLoads], int]) -> Callable[[ScrapedEngine], Ite
             return
         links = LINKS if 0 < engine.info.ranks_per_node < engine.info.ep_size else LINKS[:1]
         each = factor(engine.group)
-        for direction, lends_RK in (("in", engine.group.lends_in_RK), ("out", engine.group.lends_out_RK)):
-            lends = (lends_RK.numpy()[:, : len(links)] * each).ravel().tolist()
+        for direction, lends_PRK in (("in", engine.group.lends_in_PRK), ("out", engine.group.lends_out_PRK)):
+            lends = (lends_PRK.numpy().sum(axis=0)[:, : len(links)] * each).ravel().tolist()
             yield from zip(_all_labels(range(engine.info.ep_size), (direction,), links), lends, strict=True)
 
     return read
@@ -106,7 +106,8 @@ def _last_plan(group: GroupLoads) -> Iterable[Sample]:
 
 
 def _decisions(group: GroupLoads) -> Iterable[Sample]:
-    return ((_labels(decision), group.decisions.get(decision, 0)) for decision in DECISIONS)
+    decisions = group.decisions_in_both
+    return ((_labels(decision), decisions[decision]) for decision in DECISIONS)
 
 
 def _imbalance(group: GroupLoads) -> Iterable[Sample]:
@@ -411,7 +412,7 @@ FAMILIES: tuple[Family, ...] = (
         "Time in MoE layers that plans were predicted to save; 0 without a cost model.",
         (),
         Level.RANK,
-        _group(lambda group: [((), group.predicted_gain_s)]),
+        _group(lambda group: [((), sum(group.predicted_gain_s.values()))]),
     ),
     Family(
         "llep_measured_gain_seconds",

@@ -78,6 +78,8 @@ class Cluster:
             "HEAD:": "127.0.0.1:",
             "FIRST:": "127.0.0.1:",
             "-parallel-size 8": "-parallel-size 2",
+            " --moe-backend marlin": "",  # of a GPU's kernels
+            " --moe-backend triton": "",
         }
         mark = secrets.token_hex(8)
         self._family = Family(mark)

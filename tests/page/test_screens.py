@@ -56,15 +56,17 @@ def test_everything_follows_the_step_phase(running: Running, visit: Visit, repor
     report(running, Phased(num_experts=8, counting_since_s=time.time()))
     page = visit(running.url)
     imbalance, hot = page.locator("#imbalance canvas"), page.locator("#hot tbody tr").first
-    for phase, ratio, load in (
-        ("prefill", r"now 1\.[6-9]\d before", r"[34]\.\d\d×"),
-        ("decode", r"now 1\.[0-3]", r"1\.\d\d×"),
+    tile = page.locator("#tiles .tile")
+    for phase, ratio, load, lends, spilled in (
+        ("prefill", r"now 1\.[6-9]\d before", r"[34]\.\d\d×", r"Lends[1-9]", r"Spilled[1-9]"),
+        ("decode", r"now 1\.[0-3]", r"1\.\d\d×", r"Lends0/s", r"Spilled0\s%"),
     ):
         page.locator("#phase").get_by_text(phase).click()
         expect(imbalance).to_have_attribute("aria-label", re.compile(ratio))
         expect(hot).to_contain_text(re.compile(load))
-    # Lends and reasons are not counted by phase, and are not shown as if they were.
-    expect(page.locator("#reasons-hint")).to_have_text("of all steps")
+        expect(tile.filter(has_text="Lends")).to_have_text(re.compile(lends))
+        expect(tile.filter(has_text="Spilled")).to_have_text(re.compile(spilled))
+        expect(page.locator("#reasons")).to_contain_text("lent" if phase == "prefill" else "balanced")
 
 
 def test_memory_of_devices_and_what_lending_was_worth(

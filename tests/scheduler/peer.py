@@ -160,7 +160,7 @@ class Workers:
             live_since_step=self.live_since_step,
             live_since_time_s=time.time(),
             last_apply_error=self.last_apply_error,
-            phase_seconds={phase: self._seconds(phase) for phase in LAYER_PHASES},
+            phase_seconds={"prefill": {phase: self._seconds(phase) for phase in LAYER_PHASES}},
             live_placement=self.placement.number if self.placement else 0,
             filled_placement=0,
             layer_seconds={"prefill": 0.001 * self.step_number, "decode": 0.0},
@@ -217,14 +217,14 @@ class Workers:
             imbalance_sum_PLS=_in_prefill(self.imbalance_LS),
             balancedness_sum_PLS=_in_prefill(self.balancedness_LS),
             imbalance_histograms=(histogram, histogram),
-            decisions=dict(self.decisions),
-            spilled_in_R=Array.of(10 * self.lends_R),
-            spilled_out_R=Array.of(10 * self.lends_R),
-            lends_L=Array.of(np.full(self.num_layers, self.lends_R.sum() // self.num_layers)),
-            lends_in_RK=Array.of(lends_RK),
-            lends_out_RK=Array.of(lends_RK),
+            decisions={"prefill": dict(self.decisions)},
+            spilled_in_PR=_in_prefill(10 * self.lends_R),
+            spilled_out_PR=_in_prefill(10 * self.lends_R),
+            lends_PL=_in_prefill(np.full(self.num_layers, self.lends_R.sum() // self.num_layers)),
+            lends_in_PRK=_in_prefill(lends_RK),
+            lends_out_PRK=_in_prefill(lends_RK),
             bytes_per_lend=BYTES_PER_SLOT,
-            predicted_gain_s=0.0,
+            predicted_gain_s={},
             last_plan_time_s=time.time(),
             home_rank_LE=Array.of(np.tile(homes_E, (self.num_layers, 1)).astype(np.int16)),
             plans=tuple(self.plans),
@@ -232,7 +232,7 @@ class Workers:
 
 
 def _in_prefill(values: np.ndarray[Any, Any]) -> Array:
-    """[L, ...], all of it counted in prefill, as [P, L, ...]."""
+    """[...], all of it counted in prefill, as [P, ...]."""
     return Array.of(np.stack((values, np.zeros_like(values))))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -447,5 +448,70 @@ def test_questions_about_nobody(tmp_path: Path) -> None:
                 await scheduler.settings("ghost")
             with pytest.raises(SettingsError, match="window_s=0"):
                 await scheduler.loads(0)
+
+    run(body)
+
+
+def test_a_temporary_setting_of_an_engine_that_is_gone_ends_and_harms_nobody(tmp_path: Path, monkeypatch) -> None:
+    async def body() -> None:
+        async with scheduler_in(tmp_path) as scheduler:
+            for name in ("gone", "here"):
+                await hear(scheduler, Workers(name))
+            await scheduler.set_mode("observe", 600.0, "me", engines=["gone"], wait_s=0)
+        weekend_s = 2 * 86400.0
+        with sqlite3.connect(tmp_path / FILE) as db:
+            db.execute("UPDATE engines SET last_seen_s = last_seen_s - ?", (weekend_s,))
+        db.close()
+        now_s = time.time
+        monkeypatch.setattr(time, "time", lambda: now_s() + weekend_s)
+        async with scheduler_in(tmp_path) as scheduler:
+            await hear(scheduler, Workers("here"))
+            assert [view["id"] for view in await scheduler.engines()] == ["here"]
+            (made,) = await scheduler.revisions(1)
+            assert (made["author"], made["engines"], made["diff"]) == ("llep", ["gone"], {})
+            assert scheduler._journal.desired.temporary == {}
+            await scheduler.patch_settings({"watchdog_s": 50}, "me", wait_s=0)
+
+    run(body)
+
+
+@pytest.mark.parametrize("jump_s", [7200.0, -20 * 86400.0])
+def test_what_is_set_for_a_time_keeps_its_length_when_the_clock_jumps(
+    tmp_path: Path, monkeypatch, jump_s: float
+) -> None:
+    async def body() -> None:
+        async with scheduler_in(tmp_path) as scheduler:
+            await hear(scheduler, Workers("one"))
+            await scheduler.set_mode("off", 3.0, "me", wait_s=0)
+            now_s = time.time
+            monkeypatch.setattr(time, "time", lambda: now_s() + jump_s)
+            assert value(await scheduler.settings("one"), "mode") == ("off", "revision 1")
+            assert (await scheduler.status())["clock_jumps"] == 1
+            (event,) = await scheduler.events(1, kinds=["clock_jumped"])
+            assert event["data"]["seconds"] == pytest.approx(jump_s, abs=1.0)
+            await asyncio.sleep(3.2)
+            assert value(await scheduler.settings("one"), "mode") == ("active", "environment")
+
+    run(body)
+
+
+def test_a_change_right_after_the_state_was_lost_comes_on_top_of_what_engines_run(tmp_path: Path) -> None:
+    async def body() -> None:
+        workers = Workers("one")
+        async with scheduler_in(tmp_path) as scheduler:
+            hearing = asyncio.create_task(hear_for_ever(scheduler, workers))
+            await asyncio.sleep(0.1)
+            await scheduler.patch_settings({"mode": "shadow"}, "me")
+            await scheduler.patch_settings({"watchdog_s": 9}, "me")
+            hearing.cancel()
+        (tmp_path / FILE).write_bytes(b"damaged" * 1000)
+        async with scheduler_in(tmp_path) as scheduler:
+            changing = asyncio.create_task(scheduler.patch_settings({"watchdog_s": 8}, "me"))
+            await asyncio.sleep(0.5)
+            hearing = asyncio.create_task(hear_for_ever(scheduler, workers))
+            change = await changing
+            assert change["revision"] == 4 and change["diff"] == {"watchdog_s": [9, 8]}
+            assert (workers.live.mode, workers.live.watchdog_s) == ("shadow", 8)
+            hearing.cancel()
 
     run(body)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from llep.config import Settings
 from llep.errors import SettingsError
+from llep.messages import PlacementOrder
 from llep.scheduler.desired import LONGEST_TTL_S, Desired, adopted_patch, canonical, difference, sources
 
 ENGINES = ("a", "b", "c")
@@ -158,3 +159,14 @@ def test_adopting_what_an_engine_runs_gives_it_back() -> None:
 def test_overrides_of_another_version_are_left_out() -> None:
     desired = Desired(revision=1).changed({"watchdog_s": 9, "no_longer": 1, "slots_per_rank": 2}, None, 1)
     assert desired.of_known_keys().effective("a", START) == START.changed({"watchdog_s": 9})
+
+
+def test_what_is_said_of_engines_that_are_gone_is_bounded() -> None:
+    desired = Desired()
+    for number in range(1, 11):
+        desired = desired.changed({"watchdog_s": number}, [f"engine-{number}"], number)
+        desired = desired.placed(f"engine-{number}", PlacementOrder(number, ((0, 0, 1),), 1), number)
+    kept = desired.without_those_away({"engine-1"}, 3)
+    assert kept.permanent.keys() == kept.placements.keys() == {"engine-1", "engine-8", "engine-9", "engine-10"}
+    assert kept.addressed.keys() == kept.permanent.keys() and kept.revision == 10
+    assert desired.without_those_away({"engine-1"}, 9) is desired

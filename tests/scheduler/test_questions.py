@@ -41,7 +41,11 @@ def test_history_matrix_and_hot_experts_are_what_was_counted(tmp_path: Path) -> 
             assert hottest[0]["load_ratio"] > 1.5 and hottest[0]["home_rank"] == 0
             assert hottest[0]["tokens"] == workers.routed_LE.max()
             (loads,) = await scheduler.loads(60, "one", "decode")
-            assert loads["tokens"] == 0 and loads["imbalance_ratio_before"] is None
+            assert loads["tokens"] == 0 and loads["imbalance_ratio_before"] is None and loads["decisions"] == {}
+            prefill, decode = [await scheduler.history("one", 60.0, 1.0, phase) for phase in ("prefill", "decode")]
+            assert [point["phase_seconds"] for point in prefill] == [point["phase_seconds"] for point in points]
+            assert sum(point["lends"] for point in prefill) == workers.lends_R.sum()
+            assert not any(point["lends"] or any(point["phase_seconds"].values()) for point in decode)
             for question in (
                 scheduler.matrix("one", "expert", "after"),
                 scheduler.matrix("one", "row"),

@@ -28,7 +28,7 @@ from llep.messages import (
     Worth,
 )
 from llep.placement import Placement
-from llep.plan import Decision, Plan
+from llep.plan import Plan
 from llep.planning import PlanOptions, plan_step
 
 BYTES_PER_SLOT = 3_000_000
@@ -72,12 +72,12 @@ class Engine:
         self.layer_steps_PL = np.zeros((P, L), np.int64)
         self.imbalance_sum_PLS, self.balancedness_sum_PLS = np.zeros((P, L, 2)), np.zeros((P, L, 2))
         self.imbalance_counts = np.zeros((2, len(IMBALANCE_BUCKETS) + 1), np.int64)
-        self.spilled_in_R, self.spilled_out_R = np.zeros(R, np.int64), np.zeros(R, np.int64)
-        self.lends_L = np.zeros(L, np.int64)
-        self.lends_in_RK, self.lends_out_RK = np.zeros((R, 2), np.int64), np.zeros((R, 2), np.int64)
-        self.decisions: Counter[str] = Counter()
+        self.spilled_in_PR, self.spilled_out_PR = np.zeros((P, R), np.int64), np.zeros((P, R), np.int64)
+        self.lends_PL = np.zeros((P, L), np.int64)
+        self.lends_in_PRK, self.lends_out_PRK = np.zeros((P, R, 2), np.int64), np.zeros((P, R, 2), np.int64)
+        self.decisions: dict[str, Counter[str]] = {phase: Counter() for phase in STEP_PHASES}
         self.worth = {phase: Counter[str]() for phase in STEP_PHASES}
-        self.predicted_gain_s = 0.0
+        self.predicted_gain_s = dict.fromkeys(STEP_PHASES, 0.0)
         self.live_placement, self.filled_placement = 0, 0
         self.plans: deque[PlanSample] = deque(maxlen=16)
         self.placement = Placement.linear(E, R, self.slots_per_rank)
@@ -118,7 +118,7 @@ class Engine:
         self.routed_PLR[at] += routed_R
         self.computed_PLR[at] += computed_R
         self.layer_steps_PL[at] += 1
-        self.decisions[str(plan.decision)] += 1
+        self.decisions[phase][str(plan.decision)] += 1
         for stage, loads in enumerate((routed_R, computed_R)):
             ratio = imbalance_ratio(loads)
             self.imbalance_sum_PLS[(*at, stage)] += ratio
@@ -130,18 +130,18 @@ class Engine:
         for lend in plan.lends:
             per_node = self.ranks_per_node or self.ep_size
             link = int(lend.src_rank // per_node != lend.dst_rank // per_node)
-            self.lends_L[layer] += 1
-            self.lends_in_RK[lend.dst_rank, link] += 1
-            self.lends_out_RK[lend.src_rank, link] += 1
-            self.spilled_in_R[lend.dst_rank] += lend.tokens
-            self.spilled_out_R[lend.src_rank] += lend.tokens
+            self.lends_PL[at] += 1
+            self.lends_in_PRK[at[0], lend.dst_rank, link] += 1
+            self.lends_out_PRK[at[0], lend.src_rank, link] += 1
+            self.spilled_in_PR[at[0], lend.dst_rank] += lend.tokens
+            self.spilled_out_PR[at[0], lend.src_rank] += lend.tokens
 
     def _weigh(self, phase: str, routed: int, computed: int, lends: int) -> None:
         """What lending is worth by probes, had there been some."""
         worth = self.worth[phase]
         worth.update(lent_steps=1, lent_pairs=routed)
         worth["lent_s"] += PAIR_S * computed + self.lend_s * lends  # type: ignore[assignment]
-        self.predicted_gain_s += PAIR_S * (routed - computed)
+        self.predicted_gain_s[phase] += PAIR_S * (routed - computed)
         if worth["lent_steps"] % PROBED_EVERY == 0:
             worth.update(probed_steps=1, probed_pairs=routed)
             worth["probed_s"] += PAIR_S * routed  # type: ignore[assignment]
@@ -180,7 +180,10 @@ class Engine:
             live_since_step=0,
             live_since_time_s=1_700_000_000.0,
             last_apply_error=self.apply_error,
-            phase_seconds={phase: self._phase(index, rank) for index, phase in enumerate(LAYER_PHASES)},
+            phase_seconds={
+                step: {phase: self._phase(index, rank, steps) for index, phase in enumerate(LAYER_PHASES)}
+                for step, steps in self.steps.items()
+            },
             live_placement=self.live_placement,
             filled_placement=self.filled_placement,
             layer_seconds={phase: 0.5 * steps for phase, steps in self.steps.items()},
@@ -219,10 +222,10 @@ class Engine:
             setting_sources=dict.fromkeys(self.start_settings, "default"),
         )
 
-    def _phase(self, index: int, rank: int) -> Histogram:
+    def _phase(self, index: int, rank: int, steps: int) -> Histogram:
         counts = [0] * (len(SECONDS_BUCKETS) + 1)
-        counts[index % len(counts)] = self.steps.total() * len(self.layer_numbers)
-        return Histogram(tuple(counts), 0.25 * (rank + 1) * self.steps.total())
+        counts[index % len(counts)] = steps * len(self.layer_numbers)
+        return Histogram(tuple(counts), 0.25 * (rank + 1) * steps)
 
     def _group(self) -> GroupLoads:
         before, after = (
@@ -238,15 +241,15 @@ class Engine:
             imbalance_sum_PLS=Array.of(self.imbalance_sum_PLS),
             balancedness_sum_PLS=Array.of(self.balancedness_sum_PLS),
             imbalance_histograms=(before, after),
-            decisions={decision: self.decisions[decision] for decision in Decision},
-            spilled_in_R=Array.of(self.spilled_in_R),
-            spilled_out_R=Array.of(self.spilled_out_R),
-            lends_L=Array.of(self.lends_L),
-            lends_in_RK=Array.of(self.lends_in_RK),
-            lends_out_RK=Array.of(self.lends_out_RK),
+            decisions={phase: dict(decisions) for phase, decisions in self.decisions.items()},
+            spilled_in_PR=Array.of(self.spilled_in_PR),
+            spilled_out_PR=Array.of(self.spilled_out_PR),
+            lends_PL=Array.of(self.lends_PL),
+            lends_in_PRK=Array.of(self.lends_in_PRK),
+            lends_out_PRK=Array.of(self.lends_out_PRK),
             bytes_per_lend=BYTES_PER_SLOT,
-            predicted_gain_s=self.predicted_gain_s,
-            last_plan_time_s=1_700_000_100.0 if self.decisions else 0.0,
+            predicted_gain_s=dict(self.predicted_gain_s),
+            last_plan_time_s=1_700_000_100.0 if any(self.decisions.values()) else 0.0,
             home_rank_LE=Array.of(np.tile(self.placement.home_rank, (len(self.layer_numbers), 1)).astype(np.int16)),
             plans=tuple(self.plans),
         )

@@ -198,9 +198,13 @@ def test_lends_go_over_links_that_there_are() -> None:
         assert {sample.labels["link"] for sample in lent} == links and len(lent) == 16 * len(links)
         for link, place in (("node", 0), ("network", 1)):
             if link in links:
-                assert page.sum("llep_lends_total", direction="in", link=link) == engine.lends_in_RK[:, place].sum() > 0
+                assert (
+                    page.sum("llep_lends_total", direction="in", link=link)
+                    == engine.lends_in_PRK[:, :, place].sum()
+                    > 0
+                )
                 size = page.sum("llep_lend_bytes_total", direction="out", link=link)
-                assert size == engine.lends_out_RK[:, place].sum() * BYTES_PER_SLOT
+                assert size == engine.lends_out_PRK[:, :, place].sum() * BYTES_PER_SLOT
 
 
 def test_what_lending_is_worth() -> None:

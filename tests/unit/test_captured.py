@@ -71,7 +71,10 @@ def test_copies_share_an_expert_evenly(copies: int) -> None:
 def test_addresses_stay() -> None:
     """A CUDA graph reads them where they were when it was captured."""
     device_map = DeviceMap(HOME, LOCAL_IDS, 1, ROOM, CPU)
-    before = [table.data_ptr() for table in (device_map._own_SE, device_map._room_SE)]
+    tables = device_map._own_SE, device_map._room_SE, device_map._first
+    before = [table.data_ptr() for table in tables]
     device_map.follow(Placement(HOME.home_rank, HOME.free_slots, ((0, 1),)), {0: 2})
     device_map.home_only()
-    assert [table.data_ptr() for table in (device_map._own_SE, device_map._room_SE)] == before
+    device_map.restore()
+    after = device_map._own_SE, device_map._room_SE, device_map._first
+    assert [table.data_ptr() for table in after] == before

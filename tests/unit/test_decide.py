@@ -526,3 +526,11 @@ def test_increments_are_a_ring_in_fewer_bytes(steps: list[tuple[float, int]], ca
         assert ring.reaches(at_s) == increments.reaches(at_s)
     if max((added for _, added in steps), default=0) < 1 << 8 and len(increments) > 1:
         assert {added.dtype for added in list(increments._added)[1:]} <= {np.dtype(np.uint8), np.dtype(np.uint16)}
+
+
+def test_thresholds_stay_within_what_a_setting_may_be() -> None:
+    start = Settings(min_chunk_tokens=40_000, min_batch_tokens=200_000)
+    dear = {"plan": 1.0, "lend": 20_000.0, "compute": 50.0}
+    decision = decide_thresholds(evidence(settings=start, phase_seconds=dear), start)
+    assert decision.patch["min_chunk_tokens"] == 65_536
+    start.changed(decision.patch)

@@ -145,14 +145,16 @@ def test_the_window_adds_up_by_phase() -> None:
     for values in (loads.routed_PLE, loads.routed_PLR, loads.computed_PLR):
         assert values.numpy().sum(axis=2).tolist() == pairs_PL.tolist()
     assert loads.layer_steps_PL.numpy().tolist() == [[2, 2], [1, 0]]
-    assert loads.decisions == {"lend": 5}
-    assert loads.lends_in_RK.numpy().sum() == loads.lends_out_RK.numpy().sum() == loads.lends_L.numpy().sum() > 0
-    assert loads.lends_L.numpy().min() > 0 and loads.lends_in_RK.numpy()[:, 1].sum() == 0
-    assert loads.spilled_in_R.numpy()[1] == loads.spilled_out_R.numpy()[0]
-    assert (
-        loads.routed_PLR.numpy().sum(axis=(0, 1))[0] - loads.spilled_out_R.numpy()[0]
-        == loads.computed_PLR.numpy().sum(axis=(0, 1))[0]
-    )
+    assert loads.decisions == {"prefill": {"lend": 4}, "decode": {"lend": 1}}
+    lends_PL = loads.lends_PL.numpy()
+    assert lends_PL[0].min() > 0 and lends_PL[1, 0] > 0 and lends_PL[1, 1] == 0
+    for lends_PRK in (loads.lends_in_PRK.numpy(), loads.lends_out_PRK.numpy()):
+        assert lends_PRK.sum(axis=(1, 2)).tolist() == lends_PL.sum(axis=1).tolist()
+        assert lends_PRK[:, :, 1].sum() == 0
+    spilled_in_PR, spilled_out_PR = loads.spilled_in_PR.numpy(), loads.spilled_out_PR.numpy()
+    assert spilled_in_PR[:, 1].tolist() == spilled_out_PR[:, 0].tolist() and spilled_in_PR[:, 1].min() > 0
+    routed_PR, computed_PR = (each.numpy().sum(axis=1) for each in (loads.routed_PLR, loads.computed_PLR))
+    assert (routed_PR[:, 0] - spilled_out_PR[:, 0]).tolist() == computed_PR[:, 0].tolist()
     before, after = loads.imbalance_histograms
     assert sum(before.counts) == sum(after.counts) == 5 and len(before.counts) == len(IMBALANCE_BUCKETS) + 1
     assert before.sum > 1.6 * 5 and after.sum < 1.05 * 5
@@ -169,10 +171,10 @@ def test_lends_are_counted_by_the_link_that_they_took() -> None:
     plan = decide(Settings(min_chunk_tokens=1), PREFILL, 0, counts, placement, 100, ranks_per_node=2)
     window.record(layer_step(counts, plan))
     loads = window.group_loads()
-    in_K = loads.lends_in_RK.numpy().sum(axis=0)
-    assert in_K.tolist() == loads.lends_out_RK.numpy().sum(axis=0).tolist() and in_K.min() > 0
+    in_K = loads.lends_in_PRK.numpy().sum(axis=(0, 1))
+    assert in_K.tolist() == loads.lends_out_PRK.numpy().sum(axis=(0, 1)).tolist() and in_K.min() > 0
     assert in_K.sum() == len(plan.lends)
-    assert loads.lends_in_RK.numpy()[1].tolist()[1] == 0  # rank 1 is in the hot rank's node
+    assert loads.lends_in_PRK.numpy()[:, 1, 1].sum() == 0  # rank 1 is in the hot rank's node
 
 
 def test_what_replicas_compute_is_spilled_but_not_lent() -> None:
@@ -183,9 +185,9 @@ def test_what_replicas_compute_is_spilled_but_not_lent() -> None:
     plan = decide(Settings(min_chunk_tokens=1), PREFILL, 0, counts, placement, 100)
     window.record(layer_step(counts, plan))
     loads = window.group_loads()
-    assert loads.decisions == {"replica": 1} and loads.lends_L.numpy().sum() == 0
+    assert loads.decisions_in_both == {"replica": 1} and loads.lends_PL.numpy().sum() == 0
     moved = loads.routed_PLR.numpy()[0, 0, 0] - loads.computed_PLR.numpy()[0, 0, 0]
-    assert loads.spilled_in_R.numpy()[1] == loads.spilled_out_R.numpy()[0] == moved > 0
+    assert loads.spilled_in_PR.numpy()[0, 1] == loads.spilled_out_PR.numpy()[0, 0] == moved > 0
 
 
 def test_shadow_counts_what_it_would_do_but_computes_at_home() -> None:
@@ -196,7 +198,7 @@ def test_shadow_counts_what_it_would_do_but_computes_at_home() -> None:
     window.record(layer_step(counts, plan, is_moved=False))
     loads = window.group_loads()
     assert loads.computed_PLR.numpy().tolist() == loads.routed_PLR.numpy().tolist()
-    assert loads.lends_L.numpy().sum() == 0 and loads.decisions == {"lend": 1}
+    assert loads.lends_PL.numpy().sum() == 0 and loads.decisions_in_both == {"lend": 1}
     assert loads.imbalance_histograms[1].sum < loads.imbalance_histograms[0].sum
     assert window.worth()["prefill"].lent_steps == 0
 
@@ -214,7 +216,7 @@ def test_what_lending_is_worth_is_measured_against_probes() -> None:
     worth = window.worth()["prefill"]
     assert (worth.probed_steps, worth.lent_steps) == (10 - UNMEASURED_STEPS, 80 - UNMEASURED_STEPS)
     assert worth.gain_s == pytest.approx(1e-3 * worth.lent_pairs * 0.4)
-    assert window.group_loads().decisions == {"lend": 90, "probe": 10}
+    assert window.group_loads().decisions["prefill"] == {"lend": 90, "probe": 10}
     assert window.worth()["decode"].gain_s is None
 
 

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from llep.errors import StoreUnavailable
+from llep.messages import PlacementOrder
 from llep.scheduler.desired import Desired
 from llep.scheduler.journal import Journal
 from llep.scheduler.store import (
@@ -88,7 +89,9 @@ def test_what_belongs_to_a_revision_is_stored_with_it(tmp_path: Path) -> None:
     assert [(d.id, d.engine, d.kind) for d in again.decisions(10)] == [(2, "other", "brake"), (1, "tiny", "placement")]
     assert [d.inputs for d in again.decisions(10, engine="tiny", kind="placement")] == [{"windows": 3}]
     assert again.decisions(10, before_id=1) == []
-    assert again.revisions_by("me") == {1, 2} and again.revision(2) == revision(2, again.revisions(1)[0].time_s)
+    assert again.changed_by_others("llep", 1) == [(["tiny"], revision(2).patch)]
+    assert again.changed_by_others("me", 0) == []
+    assert again.revision(2) == revision(2, again.revisions(1)[0].time_s)
     assert again.revision(3) is None
     again.close()
 
@@ -106,7 +109,8 @@ def test_a_file_of_schema_1_is_brought_up_to_date(tmp_path: Path) -> None:
         )
     db.close()
     store = Store(tmp_path)
-    assert store.set_aside is None and store.revisions(10) == [written] and store.desired() == written.desired
+    assert store.revisions(10) == [written] and store.desired() == written.desired
+    assert list(tmp_path.glob("*.damaged-*")) == []
     store.append(revision(8), event(), decision())
     assert store.decisions(1)[0].reason == "too new"
     store.close()
@@ -140,7 +144,7 @@ def test_kill_9_loses_no_acknowledged_revision(tmp_path: Path) -> None:
         writer.wait()
         writer.stdout.close()
         store = Store(tmp_path)
-        assert store.set_aside is None
+        assert list(tmp_path.glob("*.damaged-*")) == []
         number = store.desired().revision
         # One more may have been stored just before its number could be printed.
         assert acknowledged[-1] <= number <= acknowledged[-1] + 1
@@ -179,15 +183,16 @@ def spoil_contents(path: Path) -> None:
     db.close()
 
 
-@pytest.mark.parametrize("damage", [overwrite_all, overwrite_pages, truncate, empty, drop_table, spoil_contents])
+@pytest.mark.parametrize("damage", [overwrite_all, overwrite_pages, truncate, drop_table, spoil_contents])
 def test_a_damaged_file_is_set_aside(tmp_path: Path, damage) -> None:
     store = Store(tmp_path)
     store.append(revision(1), event())
     store.close()
     damage(tmp_path / FILE)
     spoiled = (tmp_path / FILE).read_bytes()
-    store = Store(tmp_path)
-    assert store.set_aside is not None and store.set_aside.read_bytes() == spoiled
+    kept: list[Path | None] = []
+    store = Store(tmp_path, on_set_aside=kept.append)
+    assert [path.read_bytes() for path in kept if path is not None] == [spoiled]
     assert store.desired() == Desired() and store.events(10) == []
     store.append(revision(1), event())
     store.close()
@@ -197,10 +202,46 @@ def test_only_the_newest_damaged_files_are_kept(tmp_path: Path) -> None:
     for _ in range(5):
         Store(tmp_path).close()
         overwrite_all(tmp_path / FILE)
-    store = Store(tmp_path)
-    assert store.set_aside is not None and store.set_aside.exists()
+    kept: list[Path | None] = []
+    store = Store(tmp_path, on_set_aside=kept.append)
+    assert kept[0] is not None and kept[0].exists()
     assert len(list(tmp_path.glob("*.damaged-*"))) == 3
     store.close()
+
+
+def test_an_emptied_file_is_noticed_and_not_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.append(revision(1), event())
+    store.close()
+    (tmp_path / FILE).write_bytes(b"")
+    kept: list[Path | None] = []
+    store = Store(tmp_path, on_set_aside=kept.append)
+    assert kept == [None] and store.desired() == Desired()
+    assert list(tmp_path.glob("*.damaged-*")) == []
+    store.close()
+
+
+ON_A_FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from llep.scheduler.journal import Journal
+journal = Journal(Path(sys.argv[1]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+for _ in range(6):
+    journal.keep()
+    assert journal.problem
+"""
+
+
+def test_a_full_disk_does_not_push_out_the_damaged_file(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.append(revision(1), event())
+    store.close()
+    overwrite_all(tmp_path / FILE)
+    spoiled = (tmp_path / FILE).read_bytes()
+    subprocess.run([sys.executable, "-c", ON_A_FULL_DISK, str(tmp_path)], check=True, capture_output=True)
+    (kept,) = tmp_path.glob("*.damaged-*")
+    assert kept.read_bytes() == spoiled
 
 
 def overwrite_with_journal(path: Path) -> None:
@@ -324,3 +365,84 @@ def test_what_is_too_much_goes_oldest_first(tmp_path: Path) -> None:
     kept = [e.id for e in store.events(10_000)]
     assert kept == list(range(newest, newest - len(kept), -1)) and len(kept) > 50
     store.close()
+
+
+def test_many_events_push_out_no_revision(tmp_path: Path) -> None:
+    store = Store(tmp_path, max_bytes=400_000)
+    for number in range(1, 41):
+        store.append(revision(number), event())
+    for _ in range(40):
+        store.add_events([event("x" * 1000) for _ in range(50)])
+    store.prune(time.time())
+    assert not store.is_too_large
+    assert len(store.revisions(100)) == 40 and len(store.events(10_000)) > 50
+    store.close()
+
+
+def placed(number: int, engine: str, copies: int) -> Revision:
+    replicas = tuple((at, 0, 1) for at in range(copies))
+    made = revision(number)
+    return replace(made, desired=made.desired.placed(engine, PlacementOrder(number, replicas, 1), number))
+
+
+def test_placements_are_kept_of_the_newest_revision_only(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.append(placed(1, "tiny", 1000), event())
+    first = store._used_bytes()
+    for number in range(2, 50):
+        store.append(placed(number, "tiny", 1000), event())
+    assert store._used_bytes() < first + 200_000
+    older = store.revision(40)
+    assert older is not None and older.desired.placements == {}
+    assert older.desired.permanent == placed(40, "tiny", 1).desired.permanent
+    assert len(store.desired().placements["tiny"].replicas) == 1000
+    store.close()
+
+
+def test_a_file_of_schema_2_loses_the_placements_of_older_revisions(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / FILE) as db:
+        db.executescript(f"{_MIGRATIONS[0]}; {_MIGRATIONS[1]}; PRAGMA user_version = 2;")
+        for number in (1, 2):
+            made = placed(number, "tiny", 3)
+            desired = msgspec.json.encode(made.desired).decode()
+            db.execute(
+                "INSERT INTO revisions VALUES (?, ?, 'me', 'because', NULL, '{}', ?, '{}')",
+                (number, made.time_s, desired),
+            )
+    db.close()
+    store = Store(tmp_path)
+    assert [len(found.desired.placements) for found in store.revisions(2)] == [1, 0]
+    assert store.desired() == placed(2, "tiny", 3).desired
+    store.close()
+
+
+def test_what_a_placement_can_be_taken_back_to_stays(tmp_path: Path) -> None:
+    store = Store(tmp_path, max_bytes=50_000)
+    copies = tuple((at, 0, 1) for at in range(500))
+    for number in range(1, 101):
+        engine = "quiet" if number <= 2 else "busy"
+        order = StoredPlacement(number=number, time_s=0.0, engine=engine, author="llep", reason="hot", replicas=copies)
+        store.append(revision(number), event(), placement=order)
+    store.prune(time.time())
+    assert [len(store.placements(engine, 100)) for engine in ("quiet", "busy")] == [2, 2]
+    store.close()
+
+
+def test_a_journal_prunes_what_another_scheduler_left_and_what_grows(tmp_path: Path, monkeypatch) -> None:
+    store = Store(tmp_path)
+    store.append(revision(1), event("old", time.time() - 400 * DAY_S))
+    store.append(revision(2), event())
+    store.close()
+    journal = Journal(tmp_path)
+    journal.keep()
+    journal.keep()
+    assert [e.message for e in journal.events(10, before_id=None, after_id=None)] == ["said"]
+    assert journal._store is not None
+    journal._store._max_bytes = 300_000
+    monkeypatch.setattr("llep.scheduler.journal.PRUNE_AGAIN_S", 0.0)
+    for _ in range(20):
+        for _ in range(50):
+            journal.note(EventKind.ENGINE_UP, "x" * 1000, engine="tiny", data={})
+        journal.keep()
+    assert not journal._store.is_too_large
+    journal._close("over")

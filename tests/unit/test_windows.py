@@ -13,7 +13,17 @@ import msgspec
 import numpy as np
 import pytest
 
-from llep.messages import Array, Histogram, PlacementOrder, PlanSample, Report, Worth, decode_header, encode
+from llep.messages import (
+    STEP_PHASES,
+    Array,
+    Histogram,
+    PlacementOrder,
+    PlanSample,
+    Report,
+    Worth,
+    decode_header,
+    encode,
+)
 from llep.scheduler.admit import Refusal, Refused, decode
 from llep.scheduler.desired import Desired
 from llep.scheduler.rings import Increments, Ring
@@ -59,6 +69,9 @@ def test_loads_are_those_of_the_window(window_s: float, steps: int) -> None:
     assert found.spilled_tokens == 10 * found.lends
     assert found.decisions == {"lend": workers.decisions["lend"] - decisions["lend"]}
     assert found.layer_seconds == pytest.approx(0.001 * steps)
+    prefill, decode = (loads(windows.engines["tiny"], window_s, now_s=59.5, phase=each) for each in STEP_PHASES)
+    assert prefill == found
+    assert (decode.lends, decode.lend_bytes, decode.spilled_tokens, decode.decisions) == (0, 0, 0, {})
 
 
 def test_what_a_new_engine_did_before_its_first_report_counts() -> None:
@@ -454,11 +467,13 @@ REFUSED = {
     "another model": (of_info(model_name="other"), Refusal.ENGINE),
     "more experts": (of_info(num_experts=8), Refusal.ENGINE),
     "steps key": (of_report(steps={"warmup": 3}), Refusal.SHAPE),
-    "phase key": (of_report(phase_seconds={"think": Histogram((0,) * 7, 0.0)}), Refusal.SHAPE),
-    "buckets": (of_report(phase_seconds={"plan": Histogram((0,) * 6, 0.0)}), Refusal.SHAPE),
+    "phase key": (of_report(phase_seconds={"prefill": {"think": Histogram((0,) * 7, 0.0)}}), Refusal.SHAPE),
+    "buckets": (of_report(phase_seconds={"prefill": {"plan": Histogram((0,) * 6, 0.0)}}), Refusal.SHAPE),
     "many errors": (of_report(errors={f"a/{n}": 1 for n in range(100)}), Refusal.SHAPE),
     "long error": (of_report(last_apply_error="x" * 20_000), Refusal.SHAPE),
-    "decision key": (of_group(decisions={"guess": 1}), Refusal.SHAPE),
+    "step phase key": (of_report(phase_seconds={"dream": {}}), Refusal.SHAPE),
+    "decision key": (of_group(decisions={"prefill": {"guess": 1}}), Refusal.SHAPE),
+    "decision phase": (of_group(decisions={"dream": {}}), Refusal.SHAPE),
     "negative step": (of_report(step=-1), Refusal.COUNT),
     "absurd step": (of_report(step=(1 << 63) - 1), Refusal.COUNT),
     "less than before": (of_report(step=0), Refusal.COUNT),

@@ -109,7 +109,7 @@ def main(model: str, other: str, captured: str = "") -> None:
             "replica_bytes": [r.replica_bytes for r in reports],
             "used_bytes": [r.memory_used_bytes for r in reports],
             "captured": engine.captured() if captured else [],
-            "decisions": group.decisions,
+            "decisions": dict(group.decisions_in_both),
             "tokens_PL": group.tokens_PL.numpy().tolist(),
             **{
                 name: getattr(group, name).numpy().sum(axis=2).tolist()

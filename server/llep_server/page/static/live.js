@@ -49,8 +49,7 @@ export function liveView(app) {
     const engine = app.current();
     if (!isDrawn) requestAnimationFrame(() => performance.mark("llep:first-picture"));
     isDrawn = true;
-    tiles(by("tiles"), verdict(engine, loads, threshold(), worth, shown().phase));
-    text(by("reasons-hint"), shown().phase && "of all steps"); // not counted by phase
+    tiles(by("tiles"), verdict(engine, loads, threshold(), worth));
     showReasons(loads.decisions);
     const [routed, computed] = ["routed_tokens", "computed_tokens"].map((name) => loads.ranks.map((rank) => rank[name]));
     const sum = computed.reduce((total, value) => total + value, 0);
@@ -202,11 +201,10 @@ function worthTile(worth) {
   return { name, value: `${gain >= 0 ? "+" : "−"}${format.percent(Math.abs(gain))}`, note: `± ${format.percent(2 * error)}, ${format.seconds(saved)} saved; ${format.count(probed)} of ${format.count(lent + probed)} steps probed in the last hour`, tone: isSure ? (gain > 0 ? "good" : "warn") : "" };
 }
 
-function verdict(engine, loads, threshold, worth, phase) {
+function verdict(engine, loads, threshold, worth) {
   const { imbalance_ratio_before: before, imbalance_ratio_after: after, window_s: window } = loads;
   const routed = loads.ranks.reduce((sum, rank) => sum + rank.routed_tokens, 0);
   const fullest = loads.ranks.reduce((most, rank) => Math.max(most, rank.memory_budget_bytes ? rank.memory_used_bytes / rank.memory_budget_bytes : 0), 0);
-  const ofAll = phase ? "; all steps" : ""; // what is not counted by phase
   const each = (value) => `${format.count(value / Math.max(window, 1e-9))}/s`;
   const isOver = threshold !== null && after !== null && after > threshold;
   return [
@@ -214,8 +212,8 @@ function verdict(engine, loads, threshold, worth, phase) {
     { name: "Slowest rank", value: before && after ? `${format.percent(Math.max(0, 1 - after / before))} less` : "–", note: "than under plain EP" },
     { name: "Tokens", value: each(loads.tokens), note: format.plural(loads.layer_steps, "layer-step") },
     worthTile(worth),
-    { name: "Lends", value: each(loads.lends), note: `${format.bytes(loads.lend_bytes / Math.max(window, 1e-9))}/s${ofAll}` },
-    { name: "Spilled", value: routed && !phase ? format.percent(loads.spilled_tokens / routed) : "–", note: phase ? "not counted by phase" : "of pairs, off home rank" },
+    { name: "Lends", value: each(loads.lends), note: `${format.bytes(loads.lend_bytes / Math.max(window, 1e-9))}/s` },
+    { name: "Spilled", value: routed ? format.percent(loads.spilled_tokens / routed) : "–", note: "of pairs, off home rank" },
     { name: "Memory", value: format.percent(fullest), note: "of budget, fullest rank", tone: fullest > 0.95 ? "warn" : "" },
     { name: "Mode", value: engine?.mode ?? "–", note: engine ? revisionWords(engine) : "" },
   ];
