@@ -40,6 +40,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.desired = Desired()
         self.problem = "the store is not open yet"
+        self.opened_revision = 0  # the newest that was stored when this scheduler began
         self.lost_s = -math.inf  # monotonic time at which all that was stored turned out lost
         self._folder = folder
         self._store: Store | None = None
@@ -204,6 +205,7 @@ class Journal:
             store.append(*_written_again(self.desired))
         else:
             self.desired = stored
+            self.opened_revision = stored.revision
         engines = store.engines()
         self._write_waiting(store)
         self._is_set_aside = False

@@ -26,6 +26,10 @@ UNKNOWN_POLL_S = 1.0
 class Reports(Core):
     """Hears engines, and tells them what they should run."""
 
+    def __init__(self, state_dir: str) -> None:
+        super().__init__(state_dir)
+        self._compared: dict[str, str] = {}  # engine -> the incarnation whose settings were compared with ours
+
     async def report(
         self, reports: list[bytes], known_revision: int, left_out: dict[str, int] | None = None
     ) -> dict[str, Any]:
@@ -110,15 +114,17 @@ class Reports(Core):
         return order if order is not None and misfit(engine, order.replicas) is None else None
 
     def _adopt(self, engine: Engine) -> None:
-        """An engine that runs a revision which the store doesn't know tells us what was lost with the store."""
+        """An engine that runs a revision which the store doesn't know tells us what was lost with the store.
+
+        What people have changed since then holds: they may have, before this engine was heard.
+        """
         name, revision = engine.info.engine, engine.live_revision
-        if (
-            self._journal.problem
-            or revision <= self._journal.desired.revision_of(name)
-            or engine.held_revision != revision
-        ):
+        if self._journal.problem or engine.held_revision != revision or not self._is_unknown(engine, revision):
             return
-        patch = adopted_patch(engine.live_settings.dump(), engine.start)
+        overrides, opened = self._journal.desired.overrides_of(name), self._journal.opened_revision
+        newer = {key for key, override in overrides.items() if override.revision > opened}
+        running = adopted_patch(engine.live_settings.dump(), engine.start)
+        patch = {key: value for key, value in running.items() if key not in newer}
         message = f"the store did not know revision {revision} that engine {name} runs: its settings were taken over"
         try:
             self._commit(
@@ -133,6 +139,20 @@ class Reports(Core):
             )
         except StoreUnavailable as error:
             logger.warning("%s", error.message)
+
+    def _is_unknown(self, engine: Engine, revision: int) -> bool:
+        """Whether what the engine runs is none of ours: too new, or of our number by chance."""
+        name = engine.info.engine
+        ours = self._journal.desired.revision_of(name)
+        if revision != ours or revision <= self._journal.opened_revision:
+            return revision > ours
+        if self._compared.get(name) == engine.incarnation:
+            return False
+        self._compared[name] = engine.incarnation
+        try:
+            return self._journal.desired.effective(name, engine.start) != engine.live_settings
+        except SettingsError:
+            return False
 
     def _note_refusal(self, refusal: Refused, data: bytes) -> None:
         self._refused[refusal.reason] += 1

@@ -515,3 +515,27 @@ def test_a_change_right_after_the_state_was_lost_comes_on_top_of_what_engines_ru
             hearing.cancel()
 
     run(body)
+
+
+@pytest.mark.parametrize("changes", [1, 3])
+def test_a_change_before_an_engine_of_a_lost_store_is_heard_holds(tmp_path: Path, changes: int) -> None:
+    """Also where its number is the one that the engine has by chance."""
+
+    async def body() -> None:
+        workers = Workers("one")
+        async with scheduler_in(tmp_path / "lost") as scheduler:
+            await hear(scheduler, workers)
+            for number in range(1, changes + 1):
+                await scheduler.patch_settings({"mode": "shadow", "watchdog_s": 10 + number}, "me", wait_s=0)
+            for _ in range(2):
+                await hear(scheduler, workers)
+            assert workers.live_revision == changes
+        async with scheduler_in(tmp_path / "new") as scheduler:
+            await scheduler.patch_settings({"mode": "off"}, "me", wait_s=0)
+            for _ in range(6):
+                await hear(scheduler, workers)
+            assert (workers.live.mode, workers.live.watchdog_s) == ("off", 10 + changes)
+            assert value(await scheduler.settings("one"), "mode") == ("off", "revision 1")
+            assert workers.live_revision == (await scheduler.status())["desired_revision"] == changes + 1
+
+    run(body)
