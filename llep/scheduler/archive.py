@@ -25,6 +25,7 @@ ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 PART = re.compile(r"(part|transitions)-\d{6}\.parquet", re.ASCII)
 MOST_RECORDINGS = 64
 MOST_BYTES = 8 << 30
+RESERVED_BYTES = 256 << 20  # of the disk, left to the scheduler's own state: it must not fill up with recordings
 TAR_BLOCK = 512
 ACTIVE = ("ordered", "running")
 
@@ -55,10 +56,15 @@ class Archive:
     """The recordings of one state folder. Methods raise UnknownRecording, and StoreUnavailable if the disk fails."""
 
     def __init__(
-        self, state_dir: Path, *, most_recordings: int = MOST_RECORDINGS, most_bytes: int = MOST_BYTES
+        self,
+        state_dir: Path,
+        *,
+        most_recordings: int = MOST_RECORDINGS,
+        most_bytes: int = MOST_BYTES,
+        reserved_bytes: int = RESERVED_BYTES,
     ) -> None:
         self._base = state_dir / FOLDER
-        self._most_recordings, self._most_bytes = most_recordings, most_bytes
+        self._most_recordings, self._most_bytes, self._reserved_bytes = most_recordings, most_bytes, reserved_bytes
         self._known = {found.id: found for found in self._found()}
 
     def all(self) -> list[Recording]:
@@ -128,6 +134,7 @@ class Archive:
             or self._total_bytes() + len(new) > self._most_bytes
         ):
             raise RecordingConflict(f"there is no room for more of recording {id}", param="data")
+        self._check_disk(len(new))
         try:
             with partial.open("ab") as file:
                 file.write(new)
@@ -203,6 +210,21 @@ class Archive:
         except FileNotFoundError:
             return []  # deleted meanwhile
 
+    def _check_disk(self, more_bytes: int) -> None:
+        free_bytes = self._free_bytes()
+        if free_bytes - more_bytes < self._reserved_bytes:
+            raise RecordingConflict(
+                f"the disk of {self._base} has {free_bytes >> 20} MiB free, of which {self._reserved_bytes >> 20} are "
+                "kept for the scheduler's state: free the disk, or delete recordings (on the page, or with "
+                "DELETE /v1/recordings/ID)"
+            )
+
+    def _free_bytes(self) -> int:
+        try:
+            return shutil.disk_usage(self._base if self._base.exists() else self._base.parent).free
+        except OSError as error:
+            raise _unavailable(self._base, error) from None
+
     def _total_bytes(self) -> int:
         return sum(size for id in self._known for _, size in self._files(id))
 
@@ -211,6 +233,7 @@ class Archive:
         ended = [one for one in reversed(self.all()) if not one.is_active]
         while ended and (len(self._known) >= self._most_recordings or self._total_bytes() > self._most_bytes // 2):
             self.delete(ended.pop(0).id)
+        self._check_disk(0)
         if len(self._known) >= self._most_recordings:
             raise RecordingConflict(
                 f"{len(self._known)} recordings are under way, no more at once: stop some with `llep record stop`"

@@ -342,6 +342,18 @@ def test_an_archive_is_bounded_and_found_again_by_its_files(tmp_path: Path) -> N
         running.put(described("newest", "ordered", 11))
 
 
+def test_recordings_leave_room_on_the_disk_for_the_scheduler_s_state(tmp_path: Path) -> None:
+    kept = archived(tmp_path, reserved_bytes=0)
+    kept.put(described("r", "running"))
+    kept.append("r", "part-000000.parquet", 0, b"abc", is_whole=False)
+    full = archived(tmp_path, reserved_bytes=1 << 60)
+    with pytest.raises(RecordingConflict, match=r"MiB free, of which .* kept for the scheduler's state"):
+        full.append("r", "part-000000.parquet", 3, b"d", is_whole=False)
+    with pytest.raises(RecordingConflict, match="delete recordings"):
+        full.put(described("new", "ordered"))
+    assert full.have("r") == {"part-000000.parquet.partial": 3} and len(full.all()) == 1
+
+
 def test_parts_take_no_gap_no_foreign_name_and_no_more_than_there_is_room(tmp_path: Path) -> None:
     kept = archived(tmp_path, most_bytes=3 * MIB)
     kept.put(described("r", "running"))
