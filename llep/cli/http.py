@@ -76,11 +76,12 @@ class ControlPlane:
         return self._request("GET", path, query).content
 
     def download(self, path: str, target: Path, size: int, etag: str, on_bytes: Callable[[int], None]) -> None:
-        """Fetch `size` bytes into `target`; goes on with what an earlier try left in TARGET.partial.
+        """Fetch `size` bytes into `target`; goes on with what an earlier try for the same etag left beside it.
 
         on_bytes is called with the bytes that are there. Raises LlepError, OSError.
         """
-        partial = target.with_name(target.name + ".partial")
+        version = etag.strip('"')
+        partial = target.with_name(f"{target.name}.{version}.partial")  # what another one left is not part of this
         for attempt in range(DOWNLOAD_TRIES):
             have = partial.stat().st_size if partial.exists() else 0
             if have >= size:

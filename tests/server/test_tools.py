@@ -46,9 +46,14 @@ def test_a_recording_from_its_start_to_its_settings(busy: Running, llep: Llep, t
     assert (row["id"], row["state"], row["steps"]) == (id, "done", "12")
     tar = tmp_path / "got.tar"
     assert "12 steps" in ask("record", "export", id, "-o", str(tar))
-    (tmp_path / "again.tar.partial").write_bytes(tar.read_bytes()[:1000])  # as if the first try had broken off
-    ask("record", "export", id, "-o", str(tmp_path / "again.tar"))
-    assert (tmp_path / "again.tar").read_bytes() == tar.read_bytes()
+    again, size = tmp_path / "again.tar", tar.stat().st_size
+    other = tmp_path / "again.tar.partial"
+    for begun in (other, tmp_path / "again.tar.20260101-000000-abcdef-5000.partial"):
+        begun.write_bytes(b"x" * 1000)  # of another recording, whose export to the same file broke off
+    rest = tmp_path / f"again.tar.{id}-{size}.partial"
+    rest.write_bytes(tar.read_bytes()[:1000])  # as if the first try had broken off
+    ask("record", "export", id, "-o", str(again))
+    assert again.read_bytes() == tar.read_bytes() and other.exists() and not rest.exists()
     with unpacked(tar) as folder:
         assert len(list(Trace(folder).steps())) == 12
     for recording in (id, str(tar)):
