@@ -106,6 +106,7 @@ RECORDINGS = (
 )
 
 _MODEL = "namespace, model_name"
+_SERVER = f"{_MODEL}, pod, instance"  # an API server of vLLM's: of one model there may be several
 _IS_LIVE = f'max by ({BY}) (llep_engine_state{{state="live"}}) == 1'
 _IS_ACTIVE = f'max by ({BY}) (llep_mode{{mode="active"}}) == 1'
 _WHO = "engine {{ $labels.engine }} of {{ $labels.model_name }}"
@@ -115,26 +116,28 @@ ALERTS = (
     Alert(
         name="LlepStalled",
         expr=(
-            f"(sum by ({_MODEL}) ({vllm('num_requests_running')}) > 0) "
-            f"and on ({_MODEL}) (sum by ({_MODEL}) (rate({vllm('generation_tokens_total')}[5m])) == 0) "
-            f"and on ({_MODEL}) (sum by ({_MODEL}) (rate({vllm('prompt_tokens_total')}[5m])) == 0) "
+            f"(sum by ({_SERVER}) ({vllm('num_requests_running')}) > 0) "
+            f"and on ({_SERVER}) (sum by ({_SERVER}) (rate({vllm('generation_tokens_total')}[5m])) == 0) "
+            f"and on ({_SERVER}) (sum by ({_SERVER}) (rate({vllm('prompt_tokens_total')}[5m])) == 0) "
             f"and on ({_MODEL}) group by ({_MODEL}) (llep_info)"
         ),
         minutes=2,
         severity="critical",
-        summary="{{ $labels.model_name }} has requests running and makes no tokens",
+        summary="{{ $labels.model_name }} at {{ $labels.instance }} has requests running and makes no tokens",
         description="{{ $value }} requests run, none got a token in 5 minutes: a rank may wait for the others.",
     ),
+    # vLLM's label `engine` numbers data-parallel ranks: where each has an API server of its own, llep sees one engine.
     Alert(
         name="LlepNotCounting",
         expr=(
-            f"(sum by ({_MODEL}) (rate({vllm('prompt_tokens_total')}[5m])) > 0) "
-            f"and on ({_MODEL}) (sum by ({_MODEL}) (rate(llep_steps_total[5m])) == 0)"
+            f"max by ({_MODEL}) (count by ({_MODEL}, engine) "
+            f"(sum by ({_SERVER}, engine) (rate({vllm('prompt_tokens_total')}[5m])) > 0)) "
+            f"> sum by ({_MODEL}) (sum by ({BY}) (rate(llep_steps_total[5m])) > bool 0)"
         ),
         minutes=5,
         severity="warning",
-        summary="{{ $labels.model_name }} serves, but llep counts no steps",
-        description="vLLM reads {{ $value | humanize }} prompt tokens/s; no report says so.",
+        summary="engines of {{ $labels.model_name }} serve, but llep counts no steps of theirs",
+        description="vLLM reads prompts on {{ $value }} engines; on fewer of them reports say so.",
     ),
     Alert(
         name="LlepTargetDown",

@@ -16,6 +16,7 @@ from tests.ops.tools import tool
 ROOT = Path(__file__).parents[2]
 MINUTES = 60
 ENGINE = 'model_name="m",engine="e"'
+VLLM = 'model_name="m",engine="0",instance="v"'
 Series = dict[str, str]
 
 
@@ -52,9 +53,9 @@ def healthy() -> Series:
         f'llep_rank_routed_tokens_total{{{ENGINE},ep_rank="0"}}': growing(1000),
         f'llep_lend_bytes_total{{{ENGINE},ep_rank="0",direction="in"}}': growing(6e6),
         f'llep_device_free_ratio{{{ENGINE},ep_rank="0"}}': still(0.1),
-        'vllm:num_requests_running{model_name="m",engine="0"}': still(2),
-        'vllm:prompt_tokens_total{model_name="m",engine="0"}': growing(1000),
-        'vllm:generation_tokens_total{model_name="m",engine="0"}': growing(1000),
+        f"vllm:num_requests_running{{{VLLM}}}": still(2),
+        f"vllm:prompt_tokens_total{{{VLLM}}}": growing(1000),
+        f"vllm:generation_tokens_total{{{VLLM}}}": growing(1000),
     }
     series |= balancedness("prefill", 0.5, 0.95) | balancedness("decode", 0.5, 0.5)
     series |= {f'llep_imbalance_ratio_count{{{ENGINE},stage="{s}"}}': growing(600) for s in ("before", "after")}
@@ -106,9 +107,16 @@ def idle() -> Series:
         name: values if "timestamp" in name else f"{values.partition('+')[0]}+0x{MINUTES}"
         for name, values in healthy().items()
     }
-    series['vllm:num_requests_running{model_name="m",engine="0"}'] = still(0)
+    series[f"vllm:num_requests_running{{{VLLM}}}"] = still(0)
     series[f'llep_memory_used_bytes{{{ENGINE},ep_rank="0"}}'] = still(100)
     return series
+
+
+def another(instance: str = "w", engine: int = 0, per_minute: float = 1000) -> Series:
+    """A second API server of the same model, with requests running."""
+    labels = f'model_name="m",engine="{engine}",instance="{instance}"'
+    tokens = {f"vllm:{name}_tokens_total{{{labels}}}": growing(per_minute) for name in ("prompt", "generation")}
+    return {f"vllm:num_requests_running{{{labels}}}": still(3)} | tokens
 
 
 NONE = "_"  # no sample
@@ -116,8 +124,8 @@ FAULTS: dict[str, Series] = {
     "LlepStalled": {
         name: still(5)
         for name in (
-            'vllm:prompt_tokens_total{model_name="m",engine="0"}',
-            'vllm:generation_tokens_total{model_name="m",engine="0"}',
+            f"vllm:prompt_tokens_total{{{VLLM}}}",
+            f"vllm:generation_tokens_total{{{VLLM}}}",
         )
     },
     "LlepNotCounting": {f"llep_steps_total{{{ENGINE}}}": still(9)},
@@ -145,7 +153,17 @@ FAULTS: dict[str, Series] = {
     },
     "LlepDetailDropped": {f"llep_metrics_levels_dropped{{{ENGINE}}}": still(1)},
 }
+OTHER_STEPS = 'llep_steps_total{model_name="m",engine="f"}'
+ONE_OF_SEVERAL: dict[str, Series] = {
+    "LlepStalled": another(per_minute=0),
+    "LlepNotCounting": another(),
+}
 NO_FAULTS: dict[str, Series] = {
+    "two engines of one model": healthy() | another() | {OTHER_STEPS: growing(60)},
+    "two engines of one model, one of them idle": healthy()
+    | another(per_minute=0)
+    | {'vllm:num_requests_running{model_name="m",engine="0",instance="w"}': still(0), OTHER_STEPS: still(9)},
+    "an API server for each data-parallel rank of one engine": healthy() | another(engine=1),
     "healthy": healthy(),
     "idle": idle(),
     "nothing at all but a control plane": {
@@ -209,6 +227,12 @@ def test_promtool_has_nothing_to_say(tmp_path: Path) -> None:
 def test_each_alert_fires_alone(tmp_path: Path) -> None:
     assert FAULTS.keys() == {alert.name for alert in ALERTS}
     cases = [case(alert, healthy() | series, [alert]) for alert, series in FAULTS.items()]
+    done = promtool_test(tmp_path, cases)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_one_engine_of_several_is_not_hidden_by_the_others(tmp_path: Path) -> None:
+    cases = [case(alert, healthy() | series, [alert]) for alert, series in ONE_OF_SEVERAL.items()]
     done = promtool_test(tmp_path, cases)
     assert done.returncode == 0, done.stdout + done.stderr
 
