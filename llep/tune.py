@@ -1,5 +1,6 @@
 """Which settings a recording asks for: candidates are replayed over a sample of its steps. What holds now is kept where
-it gains nearly as much as the best; else the gentlest value that does is proposed.
+it gains nearly as much as the best; else the gentlest value that does is proposed. Slots are reserved at start: what is
+proposed is judged with those that are there, and what others would bring is told apart.
 
 Steps are sampled by class (phase, and tokens to the power of two), so that a recording of any length takes bounded
 memory and time, and so that what each batch size gains is known: `min_batch_tokens` and `phases` follow from that.
@@ -22,14 +23,15 @@ MOST_LAYER_STEPS = 3000  # replayed under each candidate
 NEARLY = 0.98  # of the best gain: what a gentler setting must keep
 LEAST_GAIN_RATIO = 0.03  # of the time in MoE layers: below that nothing is proposed but to leave it
 LEAST_STEPS = 10
-# What is tried, from the most eager to the gentlest; slots can't change while serving.
+# What is tried, from the most eager to the gentlest.
 CANDIDATES: Mapping[str, tuple[Any, ...]] = {
     "min_chunk_tokens": (16, 64, 256, 1024, 4096),
     "imbalance_threshold": (1.05, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0),
     "capacity_factor": (1.0, 1.1, 1.25),
-    "slots_per_rank": (8, 4, 2, 1),
 }
-MOST_CASES = 4 + sum(len(values) + 1 for values in CANDIDATES.values())  # as it is, by planner, proposed; these
+SLOTS = (1, 2, 4, 8)
+# As it is; by planner, with the slots that are there and with the most; these, by either number; fewer slots.
+MOST_CASES = 7 + 2 * sum(len(values) + 1 for values in CANDIDATES.values()) + len(SLOTS)
 
 
 @dataclass(slots=True)
@@ -138,10 +140,14 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """All cases, best first; `proposed` is the gentlest that gains nearly as much as the best."""
+    """All cases, best first; `proposed` is the gentlest that gains nearly as much as the best with as many slots.
+
+    with_slots: with the fewest slots that gain nearly as much as the most would; `proposed` where that is those.
+    """
 
     start: Case
     proposed: Case
+    with_slots: Case
     cases: tuple[Case, ...]
     verdict: Literal["worth_it", "not_worth_it", "not_enough_evidence"]
     reason: str
@@ -154,10 +160,26 @@ class Tuning:
         """The change of settings to make while serving; empty where it isn't worth it."""
         if self.verdict != "worth_it":
             return {}
-        now, then = self.start.settings.dump(), self.proposed.settings.dump()
-        hot = {key: value for key, value in then.items() if value != now[key]}
-        hot.pop("slots_per_rank", None)
-        return hot
+        return _patch(self.start, self.proposed)
+
+    @property
+    def slots_reason(self) -> str:
+        """Why another number of slots should be reserved at the next start; '' where there is no reason to."""
+        now, then = self.start.slots_per_rank, self.with_slots.slots_per_rank
+        if self.verdict == "not_enough_evidence" or now == then:
+            return ""
+        if then < now:
+            return f"{then} per rank gain as much as {now}; they are reserved at start"
+        settings = "".join(f", {key}={value}" for key, value in _patch(self.start, self.with_slots).items())
+        return (
+            f"with {then} per rank instead of {now}{settings} it would fall by {self.with_slots.gain_ratio:.1%}; "
+            "they are reserved at start"
+        )
+
+    @property
+    def config_at_start(self) -> dict[str, Any]:
+        """What to start with where slots_reason says so."""
+        return {**_patch(self.start, self.with_slots), "slots_per_rank": self.with_slots.slots_per_rank}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -166,7 +188,8 @@ class Tuning:
             "verdict": self.verdict,
             "reason": self.reason,
             "patch": self.patch,
-            "slots_per_rank": self.proposed.slots_per_rank,
+            "slots_per_rank": self.with_slots.slots_per_rank,
+            "slots_reason": self.slots_reason,
             "model": self.setup.shape.name,
             "ranks": self.setup.num_ranks,
             "cost_model": model.name if model else None,
@@ -174,6 +197,7 @@ class Tuning:
             "sampled_steps": self.sampled_steps,
             "start": _case_dict(self.start, self.start, self.steps, is_timed=model is not None),
             "proposed": _case_dict(self.proposed, self.start, self.steps, is_timed=model is not None),
+            "with_slots": _case_dict(self.with_slots, self.start, self.steps, is_timed=model is not None),
             "classes": [asdict(one) for one in self.proposed.classes],
             "cases": [_case_dict(case, self.start, self.steps, is_timed=model is not None) for case in self.cases],
         }
@@ -192,28 +216,49 @@ def tune(
     start = start or Settings()
     replay = _Replay(sample, setup, on_case)
     as_started = replay.case(start, setup.slots_per_rank)
-    eager = {key: values[0] for key, values in CANDIDATES.items() if key != "slots_per_rank"}
-    everywhere = start.model_copy(update=eager | {"min_batch_tokens": 0, "phases": Phases.BOTH})
-    most_slots = min(max(CANDIDATES["slots_per_rank"][0], setup.slots_per_rank), setup.shape.num_experts)
-    best = replay.case(everywhere.model_copy(update={"planner": Planner.QUOTA}), most_slots)
-    of_paper = replay.case(everywhere.model_copy(update={"planner": Planner.LEAST_LOADED}), most_slots)
-    if _saved(of_paper) * NEARLY > _saved(best):
-        best = of_paper
-    proposed = best
-    for key, values in CANDIDATES.items():
-        now = setup.slots_per_rank if key == "slots_per_rank" else getattr(start, key)
-        tried = [replay.case(*_with(proposed, key, value)) for value in dict.fromkeys((now, *reversed(values)))]
-        proposed = next((case for case in tried if _saved(case) >= NEARLY * _saved(best)), proposed)
-    proposed = replay.gentlest(proposed, start, _saved(best))
+    proposed = with_slots = _swept(replay, start, as_started.slots_per_rank)
+    most_slots = min(SLOTS[-1], setup.shape.num_experts)
+    if most_slots > proposed.slots_per_rank:
+        best = _best(replay, start, most_slots)
+        if best.gain_ratio >= LEAST_GAIN_RATIO and NEARLY * _saved(best) > _saved(proposed):
+            with_slots = _swept(replay, start, most_slots)
+    if with_slots.gain_ratio >= LEAST_GAIN_RATIO:
+        fewer = (slots for slots in SLOTS if slots < with_slots.slots_per_rank)
+        tried = (replay.case(with_slots.settings, slots) for slots in fewer)
+        with_slots = next((case for case in tried if _saved(case) >= NEARLY * _saved(with_slots)), with_slots)
+    on_case(MOST_CASES, MOST_CASES)
     cases = sorted(replay.found, key=lambda case: (case.work, case.lends_per_layer_step))
     verdict, reason = _judge(proposed, replay, sample.steps)
-    return Tuning(as_started, proposed, tuple(cases), verdict, reason, sample.steps, replay.sampled_steps, replay.setup)
+    return Tuning(
+        start=as_started,
+        proposed=proposed,
+        with_slots=with_slots,
+        cases=tuple(cases),
+        verdict=verdict,
+        reason=reason,
+        steps=sample.steps,
+        sampled_steps=replay.sampled_steps,
+        setup=replay.setup,
+    )
 
 
-def _with(case: Case, key: str, value: Any) -> tuple[Settings, int]:
-    if key == "slots_per_rank":
-        return case.settings, value
-    return case.settings.model_copy(update={key: value}), case.slots_per_rank
+def _best(replay: _Replay, start: Settings, slots: int) -> Case:
+    """What the most eager settings come to with so many slots, by the better planner."""
+    eager = {key: values[0] for key, values in CANDIDATES.items()}
+    everywhere = start.model_copy(update=eager | {"min_batch_tokens": 0, "phases": Phases.BOTH})
+    best = replay.case(everywhere.model_copy(update={"planner": Planner.QUOTA}), slots)
+    of_paper = replay.case(everywhere.model_copy(update={"planner": Planner.LEAST_LOADED}), slots)
+    return of_paper if _saved(of_paper) * NEARLY > _saved(best) else best
+
+
+def _swept(replay: _Replay, start: Settings, slots: int) -> Case:
+    """The gentlest settings that gain nearly as much as the best with so many slots."""
+    proposed = best = _best(replay, start, slots)
+    for key, values in CANDIDATES.items():
+        choices = dict.fromkeys((getattr(start, key), *reversed(values)))
+        tried = [replay.case(proposed.settings.model_copy(update={key: value}), slots) for value in choices]
+        proposed = next((case for case in tried if _saved(case) >= NEARLY * _saved(best)), proposed)
+    return replay.gentlest(proposed, start, _saved(best))
 
 
 def _saved(case: Case) -> float:
@@ -282,7 +327,6 @@ class _Replay:
                     break
         if case not in self.found:
             self.found.append(case)
-        self._on_case(MOST_CASES, MOST_CASES)
         return case
 
     def _planned(self, settings: Settings, slots: int) -> list[_Totals]:
@@ -342,11 +386,16 @@ def _is_planned(settings: Settings, one: StepClass) -> bool:
     return settings.phases in (Phases.BOTH, one.phase) and one.tokens >= settings.min_batch_tokens
 
 
-def _case_dict(case: Case, start: Case, steps: int, *, is_timed: bool) -> dict[str, Any]:
+def _patch(start: Case, case: Case) -> dict[str, Any]:
     now, then = start.settings.dump(), case.settings.dump()
+    return {key: value for key, value in then.items() if value != now[key]}
+
+
+def _case_dict(case: Case, start: Case, steps: int, *, is_timed: bool) -> dict[str, Any]:
+    values = case.settings.dump()
     return {
-        "patch": {key: value for key, value in then.items() if value != now[key]},
-        "settings": {key: then[key] for key in SWEPT},
+        "patch": _patch(start, case),
+        "settings": {key: values[key] for key in SWEPT},
         "slots_per_rank": case.slots_per_rank,
         "gain_ratio": round(case.gain_ratio, 6),
         "seconds_per_step_before": case.work_before / steps if is_timed else None,

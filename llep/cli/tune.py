@@ -146,9 +146,9 @@ def _show(found: Row, output: Format) -> None:
         print(f"patch: {json.dumps(found['patch'])}")
         print("set it with: llep settings set " + " ".join(f"{key}={value}" for key, value in found["patch"].items()))
     elif found["verdict"] == "worth_it":
-        print("patch: none, what holds now is as good as anything that was tried")
-    if found["verdict"] == "worth_it" and found["slots_per_rank"] != found["start"]["slots_per_rank"]:
-        print(f"slots: {found['slots_per_rank']} per rank are enough; they are reserved at start")
+        print("patch: none, what holds now is as good as anything that was tried with as many slots")
+    if found["slots_reason"]:
+        print(f"slots: {found['slots_reason']}")
 
 
 def _row(case: Row, found: Row, *, is_timed: bool) -> Row:

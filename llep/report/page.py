@@ -95,6 +95,8 @@ def _advice(found: Findings) -> str:
     others = f"On {best.ranks} ranks it would be worth most: {best.gain_ratio:.0%}." if best.gain_ratio > 0.03 else ""
     if tuning.verdict == "not_enough_evidence":
         return "Record more before you decide."
+    if tuning.verdict == "not_worth_it" and tuning.slots_reason:
+        return f"Too few slots are reserved: {tuning.slots_reason}."
     if tuning.verdict == "not_worth_it":
         why = (
             "Loads are balanced as they are."
@@ -110,21 +112,20 @@ def _advice(found: Findings) -> str:
 
 def _settings(found: Findings) -> str:
     tuning = found.tuning
+    at_start = ""
+    if tuning.slots_reason:
+        config = json.dumps({"llep": tuning.config_at_start})
+        at_start = f"<p>Slots: {tuning.slots_reason}.</p>" + _code(f"--additional-config {shlex.quote(config)}")
     if tuning.verdict != "worth_it":
-        return "<p>Nothing to change. To keep counting without lending:</p>" + _code("llep mode observe")
+        return "<p>Nothing to change. To keep counting without lending:</p>" + _code("llep mode observe") + at_start
     parts = []
     if tuning.patch:
         assignments = " ".join(shlex.quote(f"{key}={_plain(value)}") for key, value in tuning.patch.items())
         parts.append("<p>While engines serve:</p>" + _code(f"llep settings set {assignments}"))
         parts.append("<p>The same as a patch:</p>" + _code(json.dumps(tuning.patch)))
     else:
-        parts.append("<p>The settings that hold are as good as any that were tried: nothing to change.</p>")
-    if tuning.proposed.slots_per_rank != tuning.start.slots_per_rank:
-        slots = json.dumps({"llep": {**tuning.patch, "slots_per_rank": tuning.proposed.slots_per_rank}})
-        parts.append(
-            f"<p>Room for borrowed experts is reserved at start; {tuning.proposed.slots_per_rank} slots per rank are "
-            f"enough:</p>" + _code(f"--additional-config {shlex.quote(slots)}")
-        )
+        parts.append("<p>The settings that hold are as good as any that were tried with as many slots.</p>")
+    parts.append(at_start)
     parts.append(
         "<p>Try it without moving anything first (<code>llep mode shadow</code>); "
         "<code>llep bench</code> measures what it is worth on your traffic.</p>"

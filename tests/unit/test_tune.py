@@ -32,9 +32,9 @@ def steps_of(workload: str, tokens_per_rank: int = 8192, steps: int = 12, phase:
     return list(made)
 
 
-def tuned(steps: list[StepCounts], start: Settings | None = None, costs: str | None = "h200") -> Tuning:
+def tuned(steps: list[StepCounts], start: Settings | None = None, costs: str | None = "h200", slots: int = 4) -> Tuning:
     options = PlanOptions(cost_model=cost_model(costs) if costs else None)
-    setup = Setup(shape=SHAPE, num_ranks=RANKS, options=options)
+    setup = Setup(shape=SHAPE, num_ranks=RANKS, slots_per_rank=slots, options=options)
     return tune(Sample.of(SHAPE, steps), setup, start)
 
 
@@ -44,6 +44,33 @@ def test_what_holds_is_kept_where_it_gains_as_much_as_the_best(costs: str | None
     assert found.verdict == "worth_it" and found.proposed.gain_ratio > 0.2
     assert found.patch == {}
     assert found.proposed.imbalance_ratio < 1.3 < found.proposed.imbalance_ratio_before
+
+
+@pytest.mark.parametrize("costs", ["h200", None])
+def test_what_slots_would_bring_that_nobody_reserved_is_not_promised(costs: str | None) -> None:
+    found = tuned(steps_of("zipf:ratio=2"), costs=costs, slots=0)
+    assert found.verdict == "not_worth_it" and found.patch == {} and found.proposed.gain_ratio == 0
+    assert found.with_slots.slots_per_rank > 0 and found.with_slots.gain_ratio > 0.2
+    assert f"instead of 0 it would fall by {found.with_slots.gain_ratio:.1%}" in found.slots_reason
+    assert found.as_dict()["with_slots"]["gain_ratio"] == pytest.approx(found.with_slots.gain_ratio, abs=1e-5)
+
+
+def test_a_patch_is_judged_with_the_slots_that_are_there() -> None:
+    counts_LRE = np.zeros((2, RANKS, SHAPE.num_experts), dtype=np.int64)
+    counts_LRE[:, :, : SHAPE.num_experts // RANKS] = 4096  # all on the first rank, evenly: each rank must take two
+    steps, timid = [StepCounts(step, "prefill", counts_LRE) for step in range(12)], Settings(imbalance_threshold=50)
+    found, roomy = tuned(steps, timid, slots=1), tuned(steps, timid, slots=8)
+    assert found.patch and {case.slots_per_rank for case in (found.start, found.proposed)} == {1}
+    assert found.proposed.gain_ratio < 0.98 * roomy.proposed.gain_ratio
+    assert found.with_slots.slots_per_rank == roomy.with_slots.slots_per_rank > 1
+    assert found.with_slots.gain_ratio == pytest.approx(roomy.with_slots.gain_ratio, rel=0.03)
+    assert found.config_at_start["imbalance_threshold"] < 50
+
+
+def test_fewer_slots_are_named_where_they_gain_as_much() -> None:
+    found = tuned(steps_of("zipf:ratio=2"), slots=8)
+    assert found.with_slots.slots_per_rank < 8 and "gain as much as 8" in found.slots_reason
+    assert found.with_slots.gain_ratio >= 0.98 * found.proposed.gain_ratio and found.proposed.slots_per_rank == 8
 
 
 def test_settings_that_leave_everything_alone_are_to_be_changed() -> None:

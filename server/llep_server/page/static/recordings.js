@@ -142,7 +142,7 @@ const WORDS_BY_STATE = {
 
 function verdictWords({ verdict, reason, patch }) {
   const isHeld = verdict === "worth_it" && !Object.keys(patch).length;
-  return `${VERDICTS[verdict][0]}: ${reason}${isHeld ? "; what holds now is as good as anything that was tried" : ""}`;
+  return `${VERDICTS[verdict][0]}: ${reason}${isHeld ? "; what holds now is as good as anything that was tried with as many slots" : ""}`;
 }
 
 function operationCard(operation, { cancel, use }) {
@@ -159,6 +159,7 @@ function operationCard(operation, { cancel, use }) {
       h("button", { type: "button", class: "small", onclick: () => cancel(operation), "aria-label": `${isOver ? "Forget" : "Cancel"} ${id}` }, isOver ? "Forget" : "Cancel"),
     ),
     words && h("p", {}, words),
+    result?.slots_reason && h("p", {}, `Slots: ${result.slots_reason}.`),
     patch.length > 0 && h("div", { class: "actions" }, h("code", {}, patch.map(([key, value]) => `${key}=${value}`).join(" ")), h("button", { type: "button", onclick: () => use(result.patch, operation) }, "Look at it in Settings")),
   );
   card.dataset.version = JSON.stringify(operation);
