@@ -181,7 +181,7 @@ def _training_progress() -> Iterator[tuple[Callable[[str], None], Callable[[Any]
         def on_step(progress: Any) -> None:
             bar.update(task, completed=progress.step, total=progress.total_steps, description=_state_of(progress))
 
-        yield lambda text: bar.console.print(f"llep: {text}", highlight=False), on_step
+        yield lambda text: bar.console.print(f"llep: {text}", highlight=False, markup=False), on_step
 
 
 def _plain_training_progress() -> Callable[[Any], None]:

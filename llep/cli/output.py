@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 TYPED_AGAIN = ("id", "revision")  # columns of numbers that name something: other commands take them, without commas
 
@@ -57,12 +58,14 @@ def _print_table(rows: Sequence[Mapping[str, Any]], title: str | None) -> None:
     if not rows:
         print("nothing to show")
         return
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    # Text, since brackets and colons in what people wrote are neither markup nor emoji.
+    heading = None if title is None else Text(title, style="table.title")
+    table = Table(title=heading, title_justify="left", box=None, pad_edge=False)
     for column in rows[0]:
         is_number = all(isinstance(row[column], int | float) for row in rows)
-        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+        table.add_column(Text(column), justify="right" if is_number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(str(value) if column in TYPED_AGAIN else _cell(value) for column, value in row.items()))
+        table.add_row(*(Text(str(value) if column in TYPED_AGAIN else _cell(value)) for column, value in row.items()))
     # A pipe has no width: nothing is folded there.
     Console(width=None if sys.stdout.isatty() else 1000).print(table)
 

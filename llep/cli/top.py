@@ -203,7 +203,7 @@ def _engines(engines: list[Row], chosen: Row) -> Table:
         state = Text(engine["state"], style=GOOD if engine["state"] == "live" else BAD)
         table.add_row(
             ">" if engine is chosen else "",
-            engine["id"],
+            Text(engine["id"]),
             state,
             engine["mode"],
             engine["planner"],

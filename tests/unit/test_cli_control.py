@@ -7,7 +7,7 @@ import json
 import pytest
 
 from llep.cli.control import _revision, parse_duration, show_change
-from llep.cli.output import Format
+from llep.cli.output import Format, show
 from llep.errors import SettingsError
 
 
@@ -58,3 +58,11 @@ def test_a_change_is_told_to_people_and_to_scripts(capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out) == change
     show_change({**change, "diff": {}, "applied": []}, Format.TABLE)
     assert "nothing to change" in capsys.readouterr().out
+
+
+def test_what_people_wrote_in_brackets_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"reason [why]": "as in [/runbook] says", "engine": "[prefill]:warning:", "id": "[red]7"}
+    show([row], Format.TABLE, title="imbalance [x]")
+    title, header, line = capsys.readouterr().out.splitlines()
+    assert title.rstrip() == "imbalance [x]" and header.startswith("reason [why]")
+    assert line.split("  ") == ["as in [/runbook] says", "[prefill]:warning:", "[red]7"]
