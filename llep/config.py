@@ -292,6 +292,10 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:  # NaN, Infinity, 1e999: JSON has no word for them
+            raise SettingsError(f"{key}={text} is not valid: it must be finite", param=key) from None
         patch[key.strip()] = value
     return patch
 

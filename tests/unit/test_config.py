@@ -164,3 +164,6 @@ def test_assignments() -> None:
     assert patch == {"mode": "off", "layers": "0,3-7", "capacity_factor": 1.5, "watchdog_s": None, "planner": "a=b"}
     with pytest.raises(SettingsError, match="'mode' is not of the form key=value"):
         parse_assignments(["mode"])
+    for value in ("NaN", "-Infinity", "1e999", "[0, NaN]"):
+        with pytest.raises(SettingsError, match="imbalance_threshold=.* is not valid: it must be finite"):
+            parse_assignments([f"imbalance_threshold={value}"])
