@@ -23,13 +23,14 @@ from rich.text import Text
 from llep.cli.control import parse_duration
 from llep.cli.http import DEFAULT_SERVER, ControlPlane, KeyFileOption, ServerOption
 from llep.cli.loads import sparkline
-from llep.errors import LlepError, SettingsError
+from llep.errors import LlepError, SettingsError, UnknownEngine
 
 Row = dict[str, Any]
 
 REFRESH_S = 1.0
 KEY_POLL_S = 0.1
 STALE_S = 5.0
+LAST_LOOK_S = 1.0
 HISTORY_S = 600.0
 LAYERS_WIDTH, HOT_WIDTH = 38, 40
 MOST_ENGINES = 3  # listed above the one that is shown
@@ -81,24 +82,33 @@ def top(
             "llep top needs a terminal; for scripts there are `llep top --once` and `llep status -o json`"
         )
     choice = Choice()
-    with ControlPlane(server, key_file) as control_plane:
+    control_plane = ControlPlane(server, key_file)
+    try:
         seen = look(control_plane, choice)  # ends here where there is no control plane
-        if once:
-            console = Console()
-            console.print(picture(seen, choice, server, console.width, max(console.height, 24)))
-            return
-        _watch(control_plane, server, choice, seen, interval_s)
+    except UnknownEngine:  # it has gone since engines were listed
+        seen = look(control_plane, choice)
+    if once:
+        console = Console()
+        console.print(picture(seen, choice, server, console.width, max(console.height, 24)))
+        return
+    _watch(control_plane, server, choice, seen, interval_s)
 
 
 def _watch(control_plane: ControlPlane, server: str, choice: Choice, seen: Seen, interval_s: float) -> None:
-    """Draw, look and listen to keys until q or Ctrl-C. Looking happens beside, so that keys are never waited for."""
+    """Draw, look and listen to keys until q or Ctrl-C. Looking happens beside, so that keys are never waited for.
+
+    Who looks closes the connections: a look that the control plane keeps waiting is not waited for at the end.
+    """
     newest, wake, ended = [seen], threading.Event(), threading.Event()
 
     def look_on() -> None:
-        while not ended.is_set():
-            wake.wait(interval_s)
-            wake.clear()
-            newest[0] = _looked(control_plane, choice, newest[0])
+        with control_plane:
+            while True:
+                wake.wait(interval_s)
+                wake.clear()
+                if ended.is_set():
+                    return
+                newest[0] = _looked(control_plane, choice, newest[0])
 
     looking = threading.Thread(target=look_on, daemon=True)
     looking.start()
@@ -118,6 +128,7 @@ def _watch(control_plane: ControlPlane, server: str, choice: Choice, seen: Seen,
     finally:
         ended.set()
         wake.set()
+        looking.join(LAST_LOOK_S)
 
 
 def choose(choice: Choice, key: str, seen: Seen) -> None:
@@ -136,7 +147,10 @@ def look(control_plane: ControlPlane, choice: Choice) -> Seen:
         return seen
     engine = seen.engines[min(choice.engine, len(seen.engines) - 1)]["id"]
     window_s, phase = WINDOWS_S[choice.window], PHASES[choice.phase]
-    (seen.loads,) = control_plane.get("/v1/loads", engine=engine, window_s=window_s, phase=phase)["data"]
+    loads = control_plane.get("/v1/loads", engine=engine, window_s=window_s, phase=phase)["data"]
+    if not loads:
+        raise UnknownEngine(f"engine {engine} has gone")
+    seen.loads = loads[0]
     seen.history = control_plane.get("/v1/loads/history", engine=engine, window_s=HISTORY_S, step_s=10)["data"]
     query = {"engine": engine, "by": "rank", "window_s": window_s, "phase": phase}
     seen.layers = {stage: control_plane.get("/v1/loads/matrix", stage=stage, **query) for stage in ("before", "after")}
@@ -151,7 +165,7 @@ def _looked(control_plane: ControlPlane, choice: Choice, before: Seen) -> Seen:
         return look(control_plane, choice)
     except LlepError as error:
         before.problem = error.message
-    except (typer.Exit, ValueError, KeyError):
+    except (typer.Exit, KeyError):
         before.problem = "the control plane does not answer"
     return before
 
