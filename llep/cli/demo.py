@@ -80,7 +80,8 @@ def load(
     row = sent.as_dict()
     show([row], output, data=row)
     if not sent.answered:
-        raise LlepError(f"none of {sent.sent} requests was answered ({sent.last_failure}): see vLLM's log")
+        why = sent.last_failure or "it was ended before"
+        raise LlepError(f"none of {sent.sent} requests was answered ({why}): see vLLM's log")
 
 
 def _positive(name: str, text: str) -> float:
@@ -168,7 +169,10 @@ def _client(api: str) -> httpx.AsyncClient:
 async def _send_all(
     client: httpx.AsyncClient, api: str, model: str | None, plan: LoadPlan, on_tick: Callable[[Sent], None]
 ) -> Sent:
-    """One request after the other at the plan's rate, whether or not others are under way; then wait for those."""
+    """One request after the other at the plan's rate, whether or not others are under way; then wait for those.
+
+    A signal ends it at once wherever it is.
+    """
     sent = Sent(plan)
     rng = random.Random(plan.seed)
     under_way: set[asyncio.Task[None]] = set()
@@ -176,7 +180,13 @@ async def _send_all(
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
     async with client:
-        name = model or await _first_model(client, api)
+        if model is None:
+            asked = asyncio.create_task(_first_model(client, api))
+            await _first_of(ended, asked)
+            if not asked.done():
+                asked.cancel()
+                return sent
+            model = asked.result()
         start_s = time.monotonic()
         while not ended.is_set() and sent.elapsed_s < plan.duration_s:
             sent.domain, prompt = plan.prompt(sent.elapsed_s, rng)
@@ -184,25 +194,26 @@ async def _send_all(
                 sent.left_out += 1
             else:
                 sent.sent += 1
-                task = asyncio.create_task(_send(client, name, prompt, plan.max_tokens, sent))
+                task = asyncio.create_task(_send(client, model, prompt, plan.max_tokens, sent))
                 under_way.add(task)
                 task.add_done_callback(under_way.discard)
             on_tick(sent)
             next_s = start_s + (sent.sent + sent.left_out) / plan.rate
-            await _pause(ended, min(next_s, start_s + plan.duration_s) - time.monotonic())
+            await _first_of(ended, timeout_s=min(next_s, start_s + plan.duration_s) - time.monotonic())
             sent.elapsed_s = time.monotonic() - start_s
-        if under_way and not ended.is_set():
-            await asyncio.wait(under_way, timeout=REQUEST_TIMEOUT_S)
+        if under_way:
+            answered = asyncio.gather(*under_way, return_exceptions=True)
+            await _first_of(ended, answered, timeout_s=REQUEST_TIMEOUT_S)
         for task in under_way:
             task.cancel()
     return sent
 
 
-async def _pause(ended: asyncio.Event, seconds: float) -> None:
-    try:
-        await asyncio.wait_for(ended.wait(), max(seconds, 0.0))
-    except TimeoutError:
-        pass
+async def _first_of(ended: asyncio.Event, *others: asyncio.Future[Any], timeout_s: float | None = None) -> None:
+    """Returns when it has ended, when one of the others is done, or after that time."""
+    end = asyncio.create_task(ended.wait())
+    await asyncio.wait((end, *others), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    end.cancel()
 
 
 async def _first_model(client: httpx.AsyncClient, api: str) -> str:

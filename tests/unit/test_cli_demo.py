@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -26,10 +27,11 @@ COMMAND = [sys.executable, "-c", "from llep.cli import main; main()", "demo", "l
 
 
 class Api:
-    """The requests it got; `status` is what it answers, after `delay_s`."""
+    """The requests it got; `status` is what it answers, after `delay_s`; which models there are after `models_s`."""
 
-    def __init__(self, status: int = 200, delay_s: float = 0.0) -> None:
-        self.status, self.delay_s = status, delay_s
+    def __init__(self, status: int = 200, delay_s: float = 0.0, models_s: float = 0.0) -> None:
+        self.status, self.delay_s, self.models_s = status, delay_s, models_s
+        self.asked = threading.Event()
         self.requests: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.url = ""
@@ -39,6 +41,8 @@ class Api:
 def serving(api: Api) -> Iterator[Api]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            api.asked.set()
+            time.sleep(api.models_s)
             self._answer(200, {"data": [{"id": "the-model"}]})
 
         def do_POST(self) -> None:
@@ -52,7 +56,8 @@ def serving(api: Api) -> Iterator[Api]:
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            with contextlib.suppress(OSError):  # who asked has gone
+                self.wfile.write(data)
 
         def log_message(self, format: str, *arguments: Any) -> None: ...
 
@@ -117,6 +122,24 @@ def test_ctrl_c_ends_it(texts: list[str]) -> None:
             process.send_signal(signal.SIGINT)
             said, _ = process.communicate(timeout=30)
     assert process.returncode in (0, 1) and json.loads(said)["sent"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("api", "waits_for"),
+    [(Api(models_s=8.0), "the models"), (Api(delay_s=8.0), "the last answers")],
+    ids=["models", "last"],
+)
+def test_ctrl_c_ends_it_wherever_it_waits(api: Api, waits_for: str, texts: list[str]) -> None:
+    with serving(api):
+        options = [*texts, "--api", api.url, "--duration", "0.5s", "-o", "json"]
+        with subprocess.Popen([*COMMAND, *options], stderr=subprocess.PIPE, text=True) as process:
+            assert api.asked.wait(30)
+            time.sleep(1.5)
+            start_s = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=30)
+            assert time.monotonic() - start_s < 4, f"it waited for {waits_for}"
+    assert process.returncode == 1 and "answered (it was ended before)" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(
