@@ -65,6 +65,8 @@ def with_ray(
     """
     if not context.args:
         raise UnsupportedConfiguration("no command: give it after head or node, such as llep control-plane")
+    if shutil.which(context.args[0]) is None:
+        raise UnsupportedConfiguration(f"{context.args[0]} is no command that can be run here: see PATH")
     ip = node_ip or socket.gethostbyname(socket.gethostname())
     folder = _temporary_folder()
     try:
@@ -138,8 +140,11 @@ def _token_file(role: Role, environment: Mapping[str, str]) -> Path | None:
             )
         return None
     if role is Role.HEAD and not path.exists():
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "w") as file:
-            file.write(secrets.token_hex(32))
+        try:
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "w") as file:
+                file.write(secrets.token_hex(32))
+        except OSError as error:
+            raise UnsupportedConfiguration(f"RAY_AUTH_TOKEN_PATH={path} can't be written: {error.strerror}") from None
     return path
 
 

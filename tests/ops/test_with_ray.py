@@ -131,6 +131,8 @@ def test_head_and_node_are_one_ray_and_end_in_order(tmp_path: Path, monkeypatch:
         (("node", "true"), {}, "neither 'auto' nor host:port"),
         (("node", "true"), {"LLEP_RAY_ADDRESS": "auto"}, "names no Ray to join"),
         (("head", "true"), {"HOME": "/nowhere"}, "Ray wants a token and there is none"),
+        (("head", "no-such-command"), {"RAY_AUTH_TOKEN": "x" * 64}, "no-such-command is no command that can be run"),
+        (("head", "true"), {"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, "RAY_AUTH_TOKEN_PATH=/nowhere/token can't be"),
     ],
 )
 def test_mistakes_are_said(words: tuple[str, ...], environment: dict[str, str], said: str) -> None:
