@@ -39,6 +39,7 @@ SLOW_NCCL = ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE")
 # Tried with llep in vLLM on this version; others are served if their kernel takes rows of chosen experts.
 TRIED_MODELS = ("gpt_oss", "deepseek_v3", "qwen3_moe")
 TRIED_QUANTIZATION = ("", "mxfp4")
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as models' configs say it
 RAY_ADDRESS_FILE = Path("/tmp/ray/ray_current_cluster")
 
 # What is looked for, and what it is for. Without the last ones llep works, with less.
@@ -180,10 +181,11 @@ def _check_checkpoint(folder: Path, ep_size: int, slots: int) -> Iterator[Findin
     else:
         yield Finding("quantization", State.OK, method or "none")
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    experts = next((value for key, value in config.items() if "num" in key and "expert" in key and "tok" not in key), 0)
-    layers = int(config.get("num_hidden_layers", 0))
-    if size and experts and layers:
-        per_expert = size / (int(experts) * layers)  # at most: attention and embeddings are in it
+    text = config.get("text_config") or config
+    experts = next((int(text[key]) for key in NUM_EXPERTS if text.get(key)), 0)
+    layers = int(text.get("num_hidden_layers") or 0) - int(text.get("first_k_dense_replace") or 0)
+    if size and experts and layers > 0:
+        per_expert = size / (experts * layers)  # at most: attention and embeddings are in it
         pool = _gib(int(slots * per_expert))
         found = f"{size / GIB:.1f} GiB of weights over {ep_size} ranks; {slots} slots take at most {pool}"
         yield Finding("memory of a rank", State.OK, found)

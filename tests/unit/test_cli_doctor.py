@@ -157,6 +157,16 @@ def test_a_model_and_flags_that_go_together(tmp_path: Path) -> None:
     assert "verify_sample_ratio" in found["quantization"].advice
 
 
+@pytest.mark.parametrize("is_nested", [False, True])
+@pytest.mark.parametrize("family", ["gpt-oss", "deepseek", "qwen3"])
+def test_memory_of_experts_by_every_name(tmp_path: Path, family: str, is_nested: bool) -> None:
+    model = write_tiny_model(family, tmp_path / "model", layers=2).directory
+    if is_nested:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({"model_type": "x", "text_config": config}))
+    assert "slots take at most" in serving(str(model), "-tp", "2", "-ep")["memory of a rank"].found
+
+
 def test_flags_and_models_that_cant_be_served() -> None:
     found = serving("openai/gpt-oss-20b", "--tensor-parallel-size", "2", "--enable-eplb")
     assert found["vLLM's flags"].state is State.FAIL and found["vLLM's flags"].advice == "drop --enable-eplb"
