@@ -120,9 +120,9 @@ def test_what_tuning_found_is_looked_at_and_applied(
 ) -> None:
     engine = Engine()
     recorded(running, tmp_path / "made", engine=engine)
-    report(running, engine)
+    report(running, engine, Engine(name="another"))
     running.http.patch("/v1/settings", json={"imbalance_threshold": 50}).raise_for_status()  # which leaves all alone
-    page = visit(f"{running.url}/#/recordings")
+    page = visit(f"{running.url}/#/recordings?engine=another")
     page.locator("#tuning-costs").select_option("")
     page.locator("#recordings tbody tr").get_by_role("button", name="Tune").click()
     card = page.locator("#operations .advice")
@@ -130,13 +130,13 @@ def test_what_tuning_found_is_looked_at_and_applied(
     expect(card.locator("code")).to_contain_text("imbalance_threshold=")
     card.get_by_role("button", name="Look at it in Settings").click()
     outcome = page.locator("#settings-outcome")
-    expect(outcome).to_contain_text("Dry run: nothing has changed yet")
+    expect(outcome).to_contain_text("Dry run: nothing has changed yet. On tiny:")
     page.get_by_role("button", name="Apply", exact=True).click()
     expect(outcome).to_contain_text("is live on tiny since step")
     expect(page.locator("#revisions tbody tr").first).to_contain_text(
         re.compile("imbalance_threshold: 50 → .*found by")
     )
-    (setting,) = (
-        one for one in running.http.get("/v1/settings").json()["settings"] if one["key"] == "imbalance_threshold"
-    )
-    assert setting["value"] < 3
+    for name, is_changed in (("tiny", True), ("another", False)):
+        held = running.http.get("/v1/settings", params={"engine": name}).json()["settings"]
+        (value,) = (one["value"] for one in held if one["key"] == "imbalance_threshold")
+        assert (value < 3) is is_changed, name

@@ -27,7 +27,7 @@ const app = {
   current: () => app.engines.find((engine) => engine.id === app.engine) ?? null,
   refresh: (...names) => tasks.forEach((task) => names.includes(task.name) && (task.due = 0)),
   select: (engine) => go(app.view, engine),
-  open: (view) => go(view, app.engine),
+  open: (view, engine = app.engine) => go(view, engine),
   failed,
 };
 const views = { live: liveView, decisions: decisionsView, placement: placementView, settings: settingsView, recordings: recordingsView, events: eventsView };
@@ -214,22 +214,22 @@ function showState() {
   link.dataset.state = state;
   text(by("link-text"), words);
   document.documentElement.dataset.old = app.problem ? "all" : engine?.state === "stale" ? "engine" : "nothing";
-  banners(engine, now);
+  banners(engine);
 }
 
 function linkState(engine, now) {
   if (app.problem) return ["bad", `no answer for ${format.seconds(Math.max(1, Math.round(now - (app.answeredAt || app.problem.since))))}`];
   if (!app.answeredAt) return ["wait", "connecting"];
   if (!engine) return ["wait", "no engine"];
-  if (engine.state === "stale") return ["bad", `stale, last seen ${format.ago(engine.last_seen_s, now)}`];
+  if (engine.state === "stale") return ["bad", `stale, last seen ${format.ago(engine.last_seen_s)}`];
   if (engine.state === "starting") return ["wait", "starting"];
   return ["good", stream.isOpen ? "live" : `live, asked ${format.ago(app.answeredAt, now)}`];
 }
 
-function banners(engine, now) {
+function banners(engine) {
   const wanted = [];
   if (app.problem) wanted.push(["answer", "bad", ...problemWords(app.problem.error)]);
-  if (!app.problem && engine?.state === "stale") wanted.push(["stale", "bad", ...staleWords(engine, now)]);
+  if (!app.problem && engine?.state === "stale") wanted.push(["stale", "bad", ...staleWords(engine)]);
   if (engine?.last_apply_error) wanted.push(["apply", "warn", `${engine.id} could not take a revision: ${engine.last_apply_error}`, `It goes on with revision ${engine.live_revision}. Change the setting, or roll back under Settings.`]);
   if (app.isReadOnly) wanted.push(["read", "info", "This key has scope read: looking works, changing does not.", "Use another key (the button above) to change things."]);
   const place = by("banners");
@@ -251,11 +251,11 @@ function problemWords(error) {
   return ["The scheduler is away.", `${format.sentence(error.message)} Serving goes on with its last settings.${old} The page goes on by itself when it is back.`];
 }
 
-function staleWords(engine, now) {
+function staleWords(engine) {
   const silent = engine.ranks.filter((rank) => rank.last_seen_s < engine.last_seen_s - 5).map((rank) => rank.rank);
   const who = silent.length && silent.length < engine.ranks.length ? `${format.plural(silent.length, "rank")} of ${engine.id} (${silent.slice(0, 6).join(", ")}${silent.length > 6 ? ", ..." : ""})` : engine.id;
   const help = `What is shown is old. If it still serves, it does so with revision ${engine.live_revision}, and is found again by itself; if not, look at its log, or run llep doctor beside it.`;
-  return [`${who} stopped reporting, last seen ${format.ago(engine.last_seen_s, now)}.`, help];
+  return [`${who} stopped reporting, last seen ${format.ago(engine.last_seen_s)}.`, help];
 }
 
 // The key

@@ -11,9 +11,11 @@ export function recordingsView(app) {
   const table = recordingsTable({ stop, save, remove, tune });
   const shown = new Map();
   const results = new Map();
+  let recordings = [];
 
   async function load() {
-    table.update((await get("v1/recordings")).data);
+    recordings = (await get("v1/recordings")).data;
+    table.update(recordings);
   }
 
   async function loadOperations() {
@@ -91,8 +93,11 @@ export function recordingsView(app) {
   }
 
   function use(patch, operation) {
-    app.proposal = { patch, reason: `found by ${operation.id}` };
-    app.open("settings");
+    // For the engine that was recorded: another one's traffic may ask for something else.
+    const recorded = recordings.find((one) => one.id === operation.arguments.recording)?.engine;
+    const engine = app.engines.find((one) => one.id === recorded)?.id;
+    app.proposal = { patch, reason: `found by ${operation.id}${recorded ? `, over traffic of ${recorded}` : ""}`, engine };
+    app.open("settings", engine);
   }
 
   async function guarded(place, run) {
