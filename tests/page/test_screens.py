@@ -104,6 +104,30 @@ def test_live_shows_what_the_engines_report(busy: Running, visit: Visit) -> None
     expect(page).to_have_title(re.compile(r"^1\.\d\d · tiny · llep$"))
 
 
+HAS_LINE = """() => {
+    const canvas = document.querySelector("#imbalance canvas");
+    const style = getComputedStyle(document.documentElement);
+    const wanted = style.getPropertyValue("--after").trim().slice(1).match(/../g).map((hex) => parseInt(hex, 16));
+    const copy = Object.assign(document.createElement("canvas"), { width: canvas.width, height: canvas.height });
+    const pen = copy.getContext("2d", { willReadFrequently: true });
+    if (!canvas.width) return false;
+    pen.drawImage(canvas, 0, 0);
+    const { data } = pen.getImageData(0, 0, canvas.width, canvas.height);
+    for (let at = 0; at < data.length; at += 4) if (wanted.every((value, of) => data[at + of] === value)) return true;
+    return false;
+}"""
+
+
+@pytest.mark.parametrize("hours", [-2, 2])
+def test_a_browser_whose_clock_is_off_sees_the_same(busy: Running, visit: Visit, hours: int) -> None:
+    page = visit(f"{busy.url}/#/live?engine=tiny")
+    page.add_init_script(f"{{ const now = Date.now; Date.now = () => now() + {hours} * 3600e3; }}")
+    page.reload()
+    expect(page.locator("#imbalance canvas")).to_have_attribute("aria-label", re.compile("now .* before"))
+    page.wait_for_function(HAS_LINE, timeout=10_000)
+    expect(page.locator("#engines tbody tr").first).to_contain_text(re.compile("(now|[0-9] s ago)$"))
+
+
 def test_another_engine_is_chosen_in_the_table_and_kept_in_the_address(busy: Running, visit: Visit) -> None:
     page = visit(f"{busy.url}/#/live?engine=tiny")
     page.get_by_role("button", name="large", exact=True).click()

@@ -1,5 +1,7 @@
 // The control plane's API: the key, one call, one event stream.
 
+import { heard } from "./clock.js";
+
 const KEY = "llep-key";
 const TIMEOUT_MS = 15000;
 
@@ -48,6 +50,7 @@ export async function request(method, path, { query = {}, body, headers = {}, si
     const late = error.name === "TimeoutError";
     throw new ApiError(0, late ? `no answer from the control plane within ${timeoutMs / 1000} s` : "no answer from the control plane");
   }
+  heard(response);
   if (!response.ok) throw await problemOf(response);
   return response;
 }

@@ -1,5 +1,7 @@
 // Numbers, times and sizes as people read them.
 
+import { now } from "./clock.js";
+
 const EMPTY = "–";
 
 /** 1234567 -> "1.23M". Three digits, never more. */
@@ -42,7 +44,7 @@ export function seconds(value) {
   return size < 172800 ? `${digits(value / 3600)} h` : `${Math.round(value / 86400)} d`;
 }
 
-export function ago(time_s, now_s = Date.now() / 1000) {
+export function ago(time_s, now_s = now()) {
   const past = now_s - time_s;
   if (past < 1.5) return "now";
   return `${past < 120 ? `${Math.round(past)} s` : seconds(past)} ago`;

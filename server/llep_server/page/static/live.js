@@ -2,6 +2,7 @@
 
 import { download, get } from "./api.js";
 import { Bars, Heatmap, TimeChart } from "./charts.js";
+import { now } from "./clock.js";
 import { by, chosen, h, meter, Table, text, tiles, empty } from "./dom.js";
 import * as format from "./format.js";
 
@@ -82,7 +83,7 @@ export function liveView(app) {
   async function loadHistory() {
     const span = CHART_SPAN_S[shown().window];
     await history.load(app.engine, span, shown().phase);
-    charts.imbalance.update({ points: history.points, threshold: threshold(), span, now: Date.now() / 1000, gap: history.step * 3.5 });
+    charts.imbalance.update({ points: history.points, threshold: threshold(), span, now: now(), gap: history.step * 3.5 });
   }
 
   async function loadThreshold() {
@@ -167,13 +168,12 @@ class History {
   async load(engine, span, phase) {
     const of = JSON.stringify([engine, span, phase]);
     const step = span <= 300 ? 1 : span <= 900 ? 10 : 60;
-    const now = Date.now() / 1000;
     if (of !== this.of) Object.assign(this, { points: [], of, step });
     const since = this.points.at(-1)?.time_s ?? 0;
-    const window = Math.min(span, Math.max(Math.ceil(now - since) + 2 * step, 3 * step));
+    const window = Math.min(span, Math.max(Math.ceil(now() - since) + 2 * step, 3 * step));
     const { data } = await get("v1/loads/history", { engine, window_s: window, step_s: step, phase });
     if (of !== this.of || !data.length) return;
-    const kept = this.points.filter((point) => point.time_s < data[0].time_s - step / 2 && point.time_s > now - span - step);
+    const kept = this.points.filter((point) => point.time_s < data[0].time_s - step / 2 && point.time_s > now() - span - step);
     this.points = [...kept, ...data.map(pointOf)];
   }
 }
