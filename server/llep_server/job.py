@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llep.errors import LlepError
-from llep_server.errors import InvalidRecording, MissingPackage
-from llep_server.simulation import check_cost_model, parse_object
+from llep_server.errors import InvalidRecording, InvalidRequest, MissingPackage
+from llep_server.simulation import check_cost_model, check_size, parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +30,21 @@ def question(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
     from llep.simulate.asked import answer_question
 
     check_cost_model(arguments.get("cost_model"))
+    check_size(arguments)
     return answer_question(arguments)
 
 
 def replay(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
     from llep.simulate.asked import answer_replay
 
+    check_cost_model(arguments["cost_model"])
     return answer_replay(Path(arguments.pop("folder")), **arguments, on_progress=progress)
 
 
 def tuning(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
     from llep.simulate.asked import answer_tuning
 
+    check_cost_model(arguments["cost_model"])
     return answer_tuning(Path(arguments.pop("folder")), **arguments, on_progress=progress)
 
 
@@ -77,6 +80,8 @@ def _done(kind: str, arguments: bytes) -> dict[str, Any]:
         return _failed(missing)
     except LlepError as error:
         return _failed(error if error.code != "invalid_trace" else InvalidRecording(error.message, param="recording"))
+    except OverflowError:
+        return _failed(InvalidRequest("a number in it is too large to reckon with", param="body"))
     except MemoryError:
         return _failed(InvalidRecording("there is not enough memory for this: ask for less"))
     except Exception as error:

@@ -87,6 +87,19 @@ class TuningOrder(Body):
     ranks_per_node: int | None = Field(None, ge=1, le=4096, description="one node without it")
 
 
+class Replay(Body):
+    """What simulate takes to replay a recording."""
+
+    model_config = ConfigDict(strict=True)
+
+    recording: str = Field(max_length=200, description="id of a recording to replay, in place of tokens")
+    settings: dict[str, Any] = Field({}, description="with recording: settings to replay it under")
+    cost_model: str | None = None
+    max_steps: int = Field(200, ge=1, le=5000, description="with recording: steps to replay, spread over it")
+    ranks: int | None = Field(None, ge=1, le=4096, description="with recording: ranks, if not its own")
+    ranks_per_node: int | None = Field(None, ge=1, le=4096)
+
+
 class Balance(BaseModel):
     """Loads of the ranks, or over many batches their mean imbalance alone."""
 

@@ -7,6 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+
 from llep.config import Settings
 from llep.cost import PRESETS
 from llep.errors import SettingsError
@@ -14,13 +17,13 @@ from llep.planning.question import KEYS
 from llep_server.errors import InvalidJson, InvalidRequest
 from llep_server.recordings import fetch
 from llep_server.scheduler import Scheduler
-from llep_server.schemas import Simulation
+from llep_server.schemas import Replay, Simulation
 from llep_server.work import Worker
 
 TIMEOUT_S = 60.0
 MOST_WAITING = 8
 MOST_PARSED_BYTES = 1 << 16
-DEFAULT_MAX_STEPS = 200
+MOST_EXPERT_BYTES = 1 << 40
 
 
 class Simulator:
@@ -36,10 +39,10 @@ class Simulator:
         asked = parse_object(body) if len(body) <= MOST_PARSED_BYTES else {}
         if asked.get("recording") is None:
             return Simulation(**await self._worker.do("question", body, TIMEOUT_S))
-        arguments = _replay_arguments(asked)
+        order = parse_replay(asked)
         with tempfile.TemporaryDirectory(prefix="llep-simulate-") as folder:
-            await fetch(self._scheduler, str(asked["recording"]), Path(folder))
-            job = json.dumps({**arguments, "folder": folder}).encode()
+            await fetch(self._scheduler, order.recording, Path(folder))
+            job = json.dumps({**order.model_dump(exclude={"recording"}), "folder": folder}).encode()
             return Simulation(**await self._worker.do("replay", job, TIMEOUT_S))
 
     async def close(self) -> None:
@@ -65,6 +68,13 @@ def check_cost_model(name: Any) -> None:
         )
 
 
+def check_size(question: dict[str, Any]) -> None:
+    """What planners take in their stride, and answers fit. Raises SettingsError."""
+    size = question.get("bytes_per_expert")
+    if isinstance(size, int) and size > MOST_EXPERT_BYTES:
+        raise SettingsError(f"bytes_per_expert must be at most {MOST_EXPERT_BYTES}", param="bytes_per_expert")
+
+
 def check_settings(settings: Any, name: str = "settings") -> dict[str, Any]:
     """Settings that a client wants tried: valid ones. Raises SettingsError."""
     if not isinstance(settings, dict):
@@ -73,6 +83,21 @@ def check_settings(settings: Any, name: str = "settings") -> dict[str, Any]:
         raise SettingsError(f"cost_model is named beside {name}, as a preset", param="cost_model")
     Settings.parse(settings)
     return settings
+
+
+def parse_replay(body: dict[str, Any]) -> Replay:
+    """A body that names a recording; null is as good as left out. Raises SettingsError, RequestValidationError."""
+    for key in body:
+        if key not in Replay.model_fields:
+            known = ", ".join(Replay.model_fields)
+            raise SettingsError(f"{key} does not go with recording: give {known}", param=key)
+    try:
+        order = Replay.model_validate({key: value for key, value in body.items() if value is not None})
+    except ValidationError as error:  # to be said as of every other route's body
+        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
+    check_cost_model(order.cost_model)
+    check_settings(order.settings)
+    return order
 
 
 def simulation_schema() -> dict[str, Any]:
@@ -89,34 +114,14 @@ def simulation_schema() -> dict[str, Any]:
         "imbalance_threshold": {"type": "number", "minimum": 1},
         "cost_model": {"type": "string", "enum": sorted(PRESETS)},
     }
+    of_recording = Replay.model_json_schema()["properties"]
     return {
         "type": "object",
         "additionalProperties": False,
         "properties": {
             **{key: {"description": KEYS[key], **rule} for key, rule in of_batch.items()},
             "planner": {"type": "string", "enum": ["quota", "least_loaded", "home"], "default": "quota"},
-            "recording": {"type": "string", "description": "id of a recording to replay, in place of tokens"},
-            "settings": {"type": "object", "description": "with recording: settings to replay it under"},
-            "max_steps": {
-                **{"type": "integer", "minimum": 1, "maximum": 5000, "default": DEFAULT_MAX_STEPS},
-                "description": "with recording: steps to replay, spread over it",
-            },
-            "ranks": {"type": "integer", "minimum": 1, "description": "with recording: ranks, if not its own"},
+            **{key: rule for key, rule in of_recording.items() if key not in of_batch},
         },
         "examples": [{"tokens": [[4000, 96], [4000, 96]], "min_chunk_tokens": 64}],
-    }
-
-
-def _replay_arguments(body: dict[str, Any]) -> dict[str, Any]:
-    known = ("recording", "settings", "cost_model", "max_steps", "ranks", "ranks_per_node")
-    for key in body:
-        if key not in known:
-            raise SettingsError(f"{key} does not go with recording: give {', '.join(known)}", param=key)
-    arguments = {
-        key: value for key, value in body.items() if key not in ("recording", "settings") and value is not None
-    }
-    return {
-        "max_steps": DEFAULT_MAX_STEPS,
-        **arguments,
-        "settings": check_settings(body.get("settings") or {}),
     }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from recorded import SHAPE, recorded
@@ -140,3 +142,41 @@ def test_replay_of_a_recording(running: Running, tmp_path: Path) -> None:
         error = error_of(refused, 422, "invalid_setting")
         assert param is None or error["param"] == param
     error_of(running.http.post("/v1/plans/simulate", json={**body, "recording": "x"}), 404, "unknown_recording")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code", "param"),
+    [
+        ({"cost_model": "{secret}"}, "invalid_setting", "cost_model"),
+        ({"settings": {"cost_model": "{secret}"}}, "invalid_setting", "cost_model"),
+        ({"cost_model": 5}, "invalid_request", "cost_model"),
+        ({"settings": []}, "invalid_request", "settings"),
+        ({"max_steps": 0}, "invalid_request", "max_steps"),
+        ({"max_steps": -1}, "invalid_request", "max_steps"),
+        ({"max_steps": 5001}, "invalid_request", "max_steps"),
+        ({"max_steps": "5"}, "invalid_request", "max_steps"),
+        ({"ranks": "8"}, "invalid_request", "ranks"),
+        ({"ranks": True}, "invalid_request", "ranks"),
+        ({"ranks": 0}, "invalid_request", "ranks"),
+        ({"ranks": 10**400}, "invalid_request", "ranks"),
+        ({"ranks_per_node": 1.5}, "invalid_request", "ranks_per_node"),
+        ({"recording": 5}, "invalid_request", "recording"),
+    ],
+)
+def test_bad_replays(
+    recording: tuple[Running, str], tmp_path: Path, wrong: dict[str, Any], code: str, param: str
+) -> None:
+    running, id = recording
+    secret = tmp_path / "secret.yaml"
+    secret.write_text("password: hunter2\n")
+    body = json.dumps({"recording": id, "max_steps": 2, **wrong}).replace("{secret}", str(secret))
+    headers = {"Content-Type": "application/json"}
+    refused = running.http.post("/v1/plans/simulate", content=body, headers=headers, timeout=90)
+    assert error_of(refused, 422, code)["param"] == param
+    assert "password" not in refused.text
+
+
+@pytest.fixture(scope="module")
+def recording(unchanged: Running, tmp_path_factory: pytest.TempPathFactory) -> tuple[Running, str]:
+    """A server and the id of a recording there."""
+    return unchanged, recorded(unchanged, tmp_path_factory.mktemp("made"))

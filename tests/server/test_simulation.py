@@ -60,6 +60,9 @@ def test_without_a_cost_model_nothing_is_predicted(unchanged: Running) -> None:
         ({**QUESTION, "planner": ["quota"]}, 422, "invalid_setting", "planner"),
         ({**QUESTION, "cost_model": "/etc/passwd"}, 422, "invalid_setting", "cost_model"),
         ({**QUESTION, "capacity_factor": "high"}, 422, "invalid_setting", "capacity_factor"),
+        ({**QUESTION, "bytes_per_expert": 10**400, "cost_model": "h100"}, 422, "invalid_setting", "bytes_per_expert"),
+        ({**QUESTION, "bytes_per_expert": 10**400}, 422, "invalid_setting", "bytes_per_expert"),
+        ({**QUESTION, "capacity_factor": 10**400}, 422, "invalid_request", "body"),
     ],
 )
 def test_bad_questions(unchanged: Running, body: Any, status: int, code: str, param: str | None) -> None:
