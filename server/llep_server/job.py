@@ -1,5 +1,5 @@
-"""`python -m llep_server.job`: jobs come in as a line that says which, and its arguments in JSON; progress, results and
-errors go out as lines of JSON.
+"""`python -m llep_server.job`: jobs come in as a line of JSON that says which, and its arguments in JSON; progress goes
+out as lines, then a line that says how long the answer is, and the answer, which the control plane need not parse.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from llep.errors import LlepError
 from llep_server.errors import InvalidRecording, InvalidRequest, MissingPackage
+from llep_server.schemas import Simulation
 from llep_server.simulation import check_cost_model, check_size, parse_object
 
 logger = logging.getLogger(__name__)
@@ -26,29 +27,33 @@ PROGRESS_EVERY_S = 0.2
 Progress = Callable[[float], None]
 
 
-def question(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def question(arguments: dict[str, Any], progress: Progress) -> bytes:
     from llep.simulate.asked import answer_question
 
     check_cost_model(arguments.get("cost_model"))
     check_size(arguments)
-    return answer_question(arguments)
+    return _simulation(answer_question(arguments))
 
 
-def replay(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def replay(arguments: dict[str, Any], progress: Progress) -> bytes:
     from llep.simulate.asked import answer_replay
 
     check_cost_model(arguments["cost_model"])
-    return answer_replay(Path(arguments.pop("folder")), **arguments, on_progress=progress)
+    return _simulation(answer_replay(Path(arguments.pop("folder")), **arguments, on_progress=progress))
 
 
-def tuning(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def tuning(arguments: dict[str, Any], progress: Progress) -> bytes:
     from llep.simulate.asked import answer_tuning
 
     check_cost_model(arguments["cost_model"])
-    return answer_tuning(Path(arguments.pop("folder")), **arguments, on_progress=progress)
+    return json.dumps(answer_tuning(Path(arguments.pop("folder")), **arguments, on_progress=progress)).encode()
 
 
-JOBS: dict[str, Callable[[dict[str, Any], Progress], dict[str, Any]]] = {
+def _simulation(values: dict[str, Any]) -> bytes:
+    return Simulation.model_validate(values).model_dump_json().encode()
+
+
+JOBS: dict[str, Callable[[dict[str, Any], Progress], bytes]] = {
     "question": question,
     "replay": replay,
     "tuning": tuning,
@@ -61,10 +66,12 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO)
     for line in sys.stdin.buffer:
         job = json.loads(line)
-        _say(_done(job["kind"], sys.stdin.buffer.read(job["bytes"])))
+        answer, is_error = _done(job["kind"], sys.stdin.buffer.read(job["bytes"]))
+        _say({"bytes": len(answer), "is_error": is_error}, answer)
 
 
-def _done(kind: str, arguments: bytes) -> dict[str, Any]:
+def _done(kind: str, arguments: bytes) -> tuple[bytes, bool]:
+    """The answer, and whether it is an error."""
     last_s = time.monotonic()
 
     def progress(ratio: float) -> None:
@@ -74,7 +81,7 @@ def _done(kind: str, arguments: bytes) -> dict[str, Any]:
             _say({"progress": ratio})
 
     try:
-        return {"result": JOBS[kind](parse_object(arguments), progress)}
+        return JOBS[kind](parse_object(arguments), progress), False
     except ModuleNotFoundError as error:
         missing = MissingPackage(f"this needs the package {error.name}: pip install 'llep[planning]'")
         return _failed(missing)
@@ -89,12 +96,13 @@ def _done(kind: str, arguments: bytes) -> dict[str, Any]:
         return _failed(LlepError(f"the simulator failed: {type(error).__name__}; see the control plane's log"))
 
 
-def _failed(error: LlepError) -> dict[str, Any]:
-    return {"error": error.code, "message": error.message, "param": error.param}
+def _failed(error: LlepError) -> tuple[bytes, bool]:
+    return json.dumps({"code": error.code, "message": error.message, "param": error.param}).encode(), True
 
 
-def _say(message: dict[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
+def _say(line: dict[str, Any], answer: bytes = b"") -> None:
+    sys.stdout.buffer.write(json.dumps(line).encode() + b"\n" + answer)
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

@@ -156,7 +156,9 @@ class Operations:
             folder.mkdir(mode=0o700)
             await fetch(self._scheduler, order.recording, folder)
             arguments = {**order.model_dump(exclude={"recording"}), "folder": str(folder)}
-            return await self._worker.do("tuning", json.dumps(arguments).encode(), TIMEOUT_S, on_progress)
+            answer = await self._worker.do("tuning", json.dumps(arguments).encode(), TIMEOUT_S, on_progress)
+            result: dict[str, Any] = json.loads(answer)
+            return result
         except OSError as error:
             raise StoreUnavailable(f"{folder} can't be made: {error.strerror}") from None
         finally:

@@ -17,12 +17,14 @@ from llep.planning.question import KEYS
 from llep_server.errors import InvalidJson, InvalidRequest
 from llep_server.recordings import fetch
 from llep_server.scheduler import Scheduler
-from llep_server.schemas import Replay, Simulation
+from llep_server.schemas import Replay
 from llep_server.work import Worker
 
 TIMEOUT_S = 60.0
 MOST_WAITING = 8
 MOST_PARSED_BYTES = 1 << 16
+MOST_EXPERTS = 1 << 16
+MOST_RANKS = 4096
 MOST_EXPERT_BYTES = 1 << 40
 
 
@@ -33,17 +35,17 @@ class Simulator:
         self._scheduler = scheduler
         self._worker = Worker(MOST_WAITING)
 
-    async def run(self, body: bytes) -> Simulation:
-        """Raises what is wrong with what is asked, TookTooLong, Busy, and what fetching a recording raises."""
+    async def run(self, body: bytes) -> bytes:
+        """A Simulation in JSON. Raises what is wrong with the body, TookTooLong, Busy, and what fetching raises."""
         # Counts by the megabyte are for the other process to parse.
         asked = parse_object(body) if len(body) <= MOST_PARSED_BYTES else {}
         if asked.get("recording") is None:
-            return Simulation(**await self._worker.do("question", body, TIMEOUT_S))
+            return await self._worker.do("question", body, TIMEOUT_S)
         order = parse_replay(asked)
         with tempfile.TemporaryDirectory(prefix="llep-simulate-") as folder:
             await fetch(self._scheduler, order.recording, Path(folder))
             job = json.dumps({**order.model_dump(exclude={"recording"}), "folder": folder}).encode()
-            return Simulation(**await self._worker.do("replay", job, TIMEOUT_S))
+            return await self._worker.do("replay", job, TIMEOUT_S)
 
     async def close(self) -> None:
         await self._worker.close()
@@ -69,7 +71,13 @@ def check_cost_model(name: Any) -> None:
 
 
 def check_size(question: dict[str, Any]) -> None:
-    """What planners take in their stride, and answers fit. Raises SettingsError."""
+    """As many experts and ranks as the scheduler and /v1/tuning take: answers grow with them. Raises SettingsError."""
+    tokens = question.get("tokens")
+    if isinstance(tokens, list) and len(tokens) > MOST_RANKS:
+        raise SettingsError(f"tokens has {len(tokens)} ranks, at most {MOST_RANKS} are taken", param="tokens")
+    for row in tokens if isinstance(tokens, list) else ():
+        if isinstance(row, list) and len(row) > MOST_EXPERTS:
+            raise SettingsError(f"tokens has {len(row)} experts, at most {MOST_EXPERTS} are taken", param="tokens")
     size = question.get("bytes_per_expert")
     if isinstance(size, int) and size > MOST_EXPERT_BYTES:
         raise SettingsError(f"bytes_per_expert must be at most {MOST_EXPERT_BYTES}", param="bytes_per_expert")

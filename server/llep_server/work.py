@@ -12,7 +12,6 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from llep.errors import ERRORS_BY_CODE, LlepError
 from llep_server.errors import Busy, InvalidJson, InvalidRecording, InvalidRequest, MissingPackage, TookTooLong
@@ -20,7 +19,6 @@ from llep_server.errors import Busy, InvalidJson, InvalidRecording, InvalidReque
 logger = logging.getLogger(__name__)
 
 IDLE_S = 120.0
-MOST_ANSWER_BYTES = 64 << 20
 ERRORS = ERRORS_BY_CODE | {cls.code: cls for cls in (InvalidJson, InvalidRequest, InvalidRecording, MissingPackage)}
 
 
@@ -40,8 +38,8 @@ class Worker:
         arguments: bytes,
         timeout_s: float,
         on_progress: Callable[[float], None] = lambda ratio: None,
-    ) -> dict[str, Any]:
-        """What llep_server.job answers to arguments in JSON. Raises what it raises, Busy, and TookTooLong."""
+    ) -> bytes:
+        """What llep_server.job answers to arguments, both in JSON. Raises what it raises, Busy, and TookTooLong."""
         if self._waiting >= self._most_waiting:
             raise Busy(f"{self._waiting} jobs wait already, no more are taken: try again later")
         self._waiting += 1
@@ -53,11 +51,7 @@ class Worker:
             async with asyncio.timeout(timeout_s):
                 return await self._do(kind, arguments, on_progress)
         except TimeoutError:
-            await self._kill()
             raise TookTooLong(f"it was not done within {timeout_s:g} s and was given up: ask for less") from None
-        except asyncio.CancelledError:
-            await self._kill()
-            raise
         finally:
             self._turn.release()
             self._end_when_idle()
@@ -67,25 +61,28 @@ class Worker:
             self._ending.cancel()
         await self._kill()
 
-    async def _do(self, kind: str, arguments: bytes, on_progress: Callable[[float], None]) -> dict[str, Any]:
+    async def _do(self, kind: str, arguments: bytes, on_progress: Callable[[float], None]) -> bytes:
         if self._ending is not None:
             self._ending.cancel()
-        process = await self._started()
-        assert process.stdin is not None and process.stdout is not None
+        is_over = False
         try:
+            process = await self._started()
+            assert process.stdin is not None and process.stdout is not None
             process.stdin.write(json.dumps({"kind": kind, "bytes": len(arguments)}).encode() + b"\n" + arguments)
             await process.stdin.drain()
-            while True:
-                answer = json.loads(await process.stdout.readuntil(b"\n"))
-                if "result" in answer:
-                    result: dict[str, Any] = answer["result"]
-                    return result
-                if "error" in answer:
-                    raise ERRORS.get(answer["error"], LlepError)(answer["message"], param=answer["param"])
-                on_progress(answer["progress"])
+            while "progress" in (said := json.loads(await process.stdout.readuntil(b"\n"))):
+                on_progress(said["progress"])
+            answer = await process.stdout.readexactly(said["bytes"])
+            is_over = True
         except (ConnectionError, asyncio.IncompleteReadError):
-            await self._kill()
             raise LlepError("the process that simulates ended; see the control plane's log") from None
+        finally:
+            if not is_over:  # what it says next would be taken for the next job's answer
+                await self._kill()
+        if said["is_error"]:
+            error = json.loads(answer)
+            raise ERRORS.get(error["code"], LlepError)(error["message"], param=error["param"])
+        return answer
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:
@@ -93,7 +90,6 @@ class Worker:
                 *(sys.executable, "-m", "llep_server.job"),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                limit=MOST_ANSWER_BYTES,
                 start_new_session=True,  # Ctrl-C on the terminal is for us
             )
         return self._process

@@ -95,10 +95,20 @@ def test_sixteen_mebibytes_and_no_more(unchanged: Running) -> None:
     error_of(ask(unchanged, b" " * ((16 << 20) + 1)), 413, "body_too_large")
 
 
+@pytest.mark.parametrize(("rows", "what"), [([[1] * 1_500_000], "1500000 experts"), ([[1]] * 4097, "4097 ranks")])
+def test_what_no_model_has_is_refused_and_the_next_question_answered(
+    unchanged: Running, rows: list[list[int]], what: str
+) -> None:
+    refused = ask(unchanged, {"tokens": rows})
+    error = error_of(refused, 422, "invalid_setting")
+    assert what in error["message"] and error["param"] == "tokens"
+    assert ask(unchanged, QUESTION).status_code == 200
+
+
 def test_what_takes_too_long_is_given_up(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ask(running, QUESTION).status_code == 200
     monkeypatch.setattr(simulation, "TIMEOUT_S", 0.2)
-    large = {"tokens": [[7] * 200_000] * 4}
+    large = {"tokens": [[7] * 60_000] * 20}
     error_of(ask(running, large), 504, "took_too_long")
     monkeypatch.undo()
     assert ask(running, QUESTION).status_code == 200  # by a new process
@@ -108,7 +118,7 @@ def test_too_many_at_once_are_told_so(running: Running, monkeypatch: pytest.Monk
     worker: Worker = running.app.state.simulator._worker
     monkeypatch.setattr(worker, "_most_waiting", 1)
     answers: list[int] = []
-    large = {"tokens": [[7] * 100_000] * 4}
+    large = {"tokens": [[7] * 60_000] * 20}
     threads = [threading.Thread(target=lambda: answers.append(ask(running, large).status_code)) for _ in range(5)]
     for thread in threads:
         thread.start()
