@@ -18,7 +18,7 @@ from llep_server.keys import KeyRing
 from llep_server.metrics import Exposition
 from llep_server.middleware import BoundedBody, Gate, RequestContext
 from llep_server.operations import Operations
-from llep_server.recordings import Downloads
+from llep_server.recordings import Downloads, sweep_copies
 from llep_server.scheduler import Caller, Scheduler
 from llep_server.simulation import Simulator
 from llep_server.stream import Broadcast
@@ -45,6 +45,7 @@ def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
         async with client or nullcontext(), sending(exposition, carrier) if config.ray_metrics else nullcontext():
             following = asyncio.create_task(tracing.follow(scheduler)) if tracing else None
             operations.open()
+            await asyncio.to_thread(sweep_copies)
             yield
             if tracing and following:
                 following.cancel()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import shutil
-import tempfile
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +15,7 @@ from llep.config import SWEPT
 from llep.errors import LlepError, StoreUnavailable, UnknownEngine
 from llep_server.errors import TYPE_BY_STATUS, Busy, ErrorDetail, Interrupted, UnknownOperation, status_of
 from llep_server.operation_store import OperationStore
-from llep_server.recordings import data_bytes, fetch
+from llep_server.recordings import copy_of, data_bytes
 from llep_server.scheduler import Scheduler
 from llep_server.schemas import Operation, TuningOrder
 from llep_server.simulation import check_cost_model, check_settings
@@ -48,7 +46,6 @@ class Operations:
         for operation in self._store.open():
             self._keep(operation)
             if operation.ended_s is None:
-                shutil.rmtree(_folder_of(operation), ignore_errors=True)
                 self._end(operation, "failed", _interrupted())
 
     async def start_tuning(self, order: TuningOrder, author: str) -> Operation:
@@ -151,18 +148,11 @@ class Operations:
         def on_progress(ratio: float) -> None:
             operation.progress_ratio = ratio
 
-        folder = _folder_of(operation)
-        try:
-            folder.mkdir(mode=0o700)
-            await fetch(self._scheduler, order.recording, folder)
+        async with self._worker.turn(TIMEOUT_S), copy_of(self._scheduler, order.recording) as folder:
             arguments = {**order.model_dump(exclude={"recording"}), "folder": str(folder)}
-            answer = await self._worker.do("tuning", json.dumps(arguments).encode(), TIMEOUT_S, on_progress)
-            result: dict[str, Any] = json.loads(answer)
-            return result
-        except OSError as error:
-            raise StoreUnavailable(f"{folder} can't be made: {error.strerror}") from None
-        finally:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            answer = await self._worker.do("tuning", json.dumps(arguments).encode(), on_progress)
+        result: dict[str, Any] = json.loads(answer)
+        return result
 
     def _end(
         self, operation: Operation, state: Literal["done", "failed", "cancelled"], error: LlepError | None = None
@@ -180,11 +170,6 @@ class Operations:
             self._store.put(operation)
         except StoreUnavailable as error:  # nobody waits for it, and it is in memory
             logger.warning("operation %s has ended, which a restart will not know: %s", operation.id, error.message)
-
-
-def _folder_of(operation: Operation) -> Path:
-    """For a copy of what it works on."""
-    return Path(tempfile.gettempdir()) / f"llep-{operation.kind}-{operation.id}"
 
 
 def _interrupted() -> LlepError:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import re
+import shutil
 import tarfile
+import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -19,6 +23,7 @@ from llep_server.scheduler import Scheduler
 
 CHUNK_BYTES = 1 << 20
 MAX_DOWNLOADS = 8
+COPY_PREFIX = "llep-recording-"
 MEDIA_TYPE = "application/x-tar"
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 _PART = re.compile(r"[A-Za-z0-9._-]+\.parquet", re.ASCII)
@@ -100,6 +105,35 @@ async def read(scheduler: Scheduler, id: str, first: int, stop: int) -> AsyncGen
             raise RecordingConflict(f"recording {id} ended at byte {first} of {stop}: it was deleted", param="id")
         yield chunk
         first += len(chunk)
+
+
+@asynccontextmanager
+async def copy_of(scheduler: Scheduler, id: str) -> AsyncIterator[Path]:
+    """A folder with the recording's Parquet files, there for as long as the block lasts. Raises what fetch does."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=COPY_PREFIX))
+        held = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise StoreUnavailable(f"no folder for a copy of recording {id} can be made: {error.strerror}") from None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)  # ends with the process, however that ends
+        await fetch(scheduler, id, folder)
+        yield folder
+    finally:
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        os.close(held)
+
+
+def sweep_copies() -> None:
+    """Remove the copies of control planes that were killed; those of others that live are held."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{COPY_PREFIX}*"):
+        with suppress(OSError):
+            held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(held)
 
 
 async def fetch(scheduler: Scheduler, id: str, folder: Path) -> None:

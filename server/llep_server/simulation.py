@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -15,7 +13,7 @@ from llep.cost import PRESETS
 from llep.errors import SettingsError
 from llep.planning.question import KEYS
 from llep_server.errors import InvalidJson, InvalidRequest
-from llep_server.recordings import fetch
+from llep_server.recordings import copy_of
 from llep_server.scheduler import Scheduler
 from llep_server.schemas import Replay
 from llep_server.work import Worker
@@ -40,12 +38,12 @@ class Simulator:
         # Counts by the megabyte are for the other process to parse.
         asked = parse_object(body) if len(body) <= MOST_PARSED_BYTES else {}
         if asked.get("recording") is None:
-            return await self._worker.do("question", body, TIMEOUT_S)
+            async with self._worker.turn(TIMEOUT_S):
+                return await self._worker.do("question", body)
         order = parse_replay(asked)
-        with tempfile.TemporaryDirectory(prefix="llep-simulate-") as folder:
-            await fetch(self._scheduler, order.recording, Path(folder))
-            job = json.dumps({**order.model_dump(exclude={"recording"}), "folder": folder}).encode()
-            return await self._worker.do("replay", job, TIMEOUT_S)
+        async with self._worker.turn(TIMEOUT_S), copy_of(self._scheduler, order.recording) as folder:
+            job = json.dumps({**order.model_dump(exclude={"recording"}), "folder": str(folder)}).encode()
+            return await self._worker.do("replay", job)
 
     async def close(self) -> None:
         await self._worker.close()

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from llep.errors import ERRORS_BY_CODE, LlepError
 from llep_server.errors import Busy, InvalidJson, InvalidRecording, InvalidRequest, MissingPackage, TookTooLong
@@ -32,14 +32,9 @@ class Worker:
         self._process: asyncio.subprocess.Process | None = None
         self._ending: asyncio.TimerHandle | None = None
 
-    async def do(
-        self,
-        kind: str,
-        arguments: bytes,
-        timeout_s: float,
-        on_progress: Callable[[float], None] = lambda ratio: None,
-    ) -> bytes:
-        """What llep_server.job answers to arguments, both in JSON. Raises what it raises, Busy, and TookTooLong."""
+    @contextlib.asynccontextmanager
+    async def turn(self, timeout_s: float) -> AsyncIterator[None]:
+        """The block is one job, with all that must be there for it. Raises Busy, TookTooLong."""
         if self._waiting >= self._most_waiting:
             raise Busy(f"{self._waiting} jobs wait already, no more are taken: try again later")
         self._waiting += 1
@@ -49,7 +44,7 @@ class Worker:
             self._waiting -= 1
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._do(kind, arguments, on_progress)
+                yield
         except TimeoutError:
             raise TookTooLong(f"it was not done within {timeout_s:g} s and was given up: ask for less") from None
         finally:
@@ -61,7 +56,8 @@ class Worker:
             self._ending.cancel()
         await self._kill()
 
-    async def _do(self, kind: str, arguments: bytes, on_progress: Callable[[float], None]) -> bytes:
+    async def do(self, kind: str, arguments: bytes, on_progress: Callable[[float], None] = lambda ratio: None) -> bytes:
+        """In a turn: what llep_server.job answers to arguments, both in JSON. Raises what it raises."""
         if self._ending is not None:
             self._ending.cancel()
         is_over = False

@@ -21,6 +21,7 @@ from bench.server import Caller, child
 from llep.messages import encode
 from llep_server import operations
 from llep_server.config import ServerConfig
+from llep_server.recordings import COPY_PREFIX
 
 
 def tune(http: httpx.Client, recording: str, **order: Any) -> str:
@@ -58,14 +59,17 @@ def test_tuning_ranks_settings_and_names_the_patch(running: Running, tmp_path: P
     error_of(running.http.get(f"/v1/operations/{operation['id']}"), 404, "unknown_operation")
 
 
-def test_an_operation_is_cancelled_and_the_next_one_runs(running: Running, tmp_path: Path) -> None:
+def test_an_operation_is_cancelled_and_the_next_one_runs(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     id = recorded(running, tmp_path / "made", steps=400)
     first, second = (tune(running.http, id) for _ in range(2))
     assert once(running.http, first, "running")["started_s"] is not None
     assert running.http.get(f"/v1/operations/{second}").json()["state"] == "waiting"
     assert running.http.delete(f"/v1/operations/{first}").json()["state"] == "cancelled"
     once(running.http, second, "done")
-    assert list(Path(tempfile.gettempdir()).glob(f"llep-tuning-{first}")) == []
+    assert list(tmp_path.glob(f"{COPY_PREFIX}*")) == []
 
 
 def test_operations_are_bounded(running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,14 +130,18 @@ def control_plane(folder: Path) -> Iterator[tuple[Any, httpx.Client]]:
             yield process, http
 
 
-def test_operations_outlive_a_control_plane_that_is_killed(tmp_path: Path) -> None:
+def test_operations_outlive_a_control_plane_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with scheduler(tmp_path) as recording:
         with control_plane(tmp_path) as (process, http):
             done = once(http, tune(http, recording, base={"min_chunk_tokens": 65536}), "done")
             running, waiting = (tune(http, recording) for _ in range(2))
             once(http, running, "running")
+            while not list(tmp_path.glob(f"{COPY_PREFIX}*")):
+                time.sleep(0.01)
             process.kill()
             process.wait()
+            assert list(tmp_path.glob(f"{COPY_PREFIX}*"))
         with control_plane(tmp_path) as (_, http):
             listed = {one["id"]: one["state"] for one in http.get("/v1/operations").json()["data"]}
             assert listed == {waiting: "failed", running: "failed", done["id"]: "done"}
@@ -142,7 +150,7 @@ def test_operations_outlive_a_control_plane_that_is_killed(tmp_path: Path) -> No
                 operation = http.get(f"/v1/operations/{id}").json()
                 assert operation["error"]["code"] == "interrupted" and operation["ended_s"]
                 assert "start it again" in operation["error"]["message"]
-                assert list(Path(tempfile.gettempdir()).glob(f"llep-tuning-{id}")) == []
+            assert list(tmp_path.glob(f"{COPY_PREFIX}*")) == []
             again = once(http, tune(http, recording, **{"base": {"min_chunk_tokens": 65536}}), "done")
             assert again["result"] == done["result"]
             http.delete(f"/v1/operations/{waiting}")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import tarfile
+import tempfile
+import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from recorded import SHAPE, recorded
 from reporting import Engine
@@ -15,8 +20,8 @@ from running import Running
 from test_http import error_of
 
 from llep.traces import Trace
-from llep_server import recordings
-from llep_server.recordings import Part, parse_range, unpack
+from llep_server import recordings, simulation
+from llep_server.recordings import COPY_PREFIX, Part, copy_of, parse_range, sweep_copies, unpack
 
 
 def test_a_recording_from_order_to_deletion(running: Running, tmp_path: Path) -> None:
@@ -174,6 +179,58 @@ def test_bad_replays(
     refused = running.http.post("/v1/plans/simulate", content=body, headers=headers, timeout=90)
     assert error_of(refused, 422, code)["param"] == param
     assert "password" not in refused.text
+
+
+def test_replays_are_copied_one_at_a_time_in_their_minute(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy takes up to twice a recording's size, and to fetch it takes as long as the network wants."""
+    id = recorded(running, tmp_path / "made")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(simulation, "TIMEOUT_S", 1.0)
+    is_slow, most, statuses = True, 0, []
+    read = running.caller.scheduler.recording_read
+
+    async def read_slowly(**arguments: Any) -> bytes:
+        nonlocal most
+        most = max(most, len(list(tmp_path.glob(f"{COPY_PREFIX}*"))))
+        await asyncio.sleep(30 if is_slow else 0)
+        return await read(**arguments)
+
+    monkeypatch.setattr(running.caller.scheduler, "recording_read", read_slowly)
+
+    def replay() -> None:
+        with httpx.Client(base_url=running.url, timeout=90, trust_env=False) as http:
+            statuses.append(http.post("/v1/plans/simulate", json={"recording": id, "max_steps": 2}).status_code)
+
+    asking = [threading.Thread(target=replay) for _ in range(12)]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    assert most == 1 and Counter(statuses) == {504: 9, 503: 3}
+    assert list(tmp_path.glob(f"{COPY_PREFIX}*")) == []
+    is_slow = False
+    monkeypatch.setattr(simulation, "TIMEOUT_S", 60.0)
+    replay()
+    assert statuses[-1] == 200
+
+
+def test_copies_that_nobody_holds_are_swept(running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    id = recorded(running, tmp_path / "made")
+    left = tmp_path / f"{COPY_PREFIX}of-one-that-was-killed"
+    left.mkdir()
+    (left / "recording.tar").write_bytes(b"...")
+
+    async def swept() -> list[Path]:
+        async with copy_of(running.app.state.scheduler, id) as folder:
+            sweep_copies()
+            assert list(folder.glob("*.parquet"))
+            return list(tmp_path.glob(f"{COPY_PREFIX}*"))
+
+    assert left not in running.await_(swept())
+    assert list(tmp_path.glob(f"{COPY_PREFIX}*")) == []
 
 
 @pytest.fixture(scope="module")
