@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 
 from fastapi import Depends, FastAPI
 
@@ -42,16 +42,17 @@ def create_app(config: ServerConfig, caller: Caller | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with client or nullcontext(), sending(exposition, carrier) if config.ray_metrics else nullcontext():
-            following = asyncio.create_task(tracing.follow(scheduler)) if tracing else None
+        async with client or nullcontext(), AsyncExitStack() as parts:  # closes all, whatever one of them raises
+            if config.ray_metrics:
+                await parts.enter_async_context(sending(exposition, carrier))
+            for part in (operations, simulator, broadcast):
+                parts.push_async_callback(part.close)
+            if tracing:
+                parts.push_async_callback(asyncio.to_thread, tracing.close)
+                parts.callback(asyncio.create_task(tracing.follow(scheduler)).cancel)
             operations.open()
             await asyncio.to_thread(sweep_copies)
             yield
-            if tracing and following:
-                following.cancel()
-                await asyncio.to_thread(tracing.close)
-            for part in (broadcast, simulator, operations):
-                await part.close()
 
     app = FastAPI(
         title="llep control plane",

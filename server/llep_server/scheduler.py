@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from llep.config import Mode
 from llep.errors import SchedulerUnreachable
@@ -50,8 +50,13 @@ class Scheduler:
     async def _ask(self, view: type[T], method: str, **arguments: Any) -> T:
         if view not in _ADAPTERS:
             _ADAPTERS[view] = TypeAdapter(view)
-        answer: T = _ADAPTERS[view].validate_python(await self._caller.call(method, **arguments))
-        return answer
+        answer = await self._caller.call(method, **arguments)
+        try:
+            found: T = _ADAPTERS[view].validate_python(answer)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise _unreadable(f"{method}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        return found
 
     async def status(self) -> SchedulerStatus:
         return await self._ask(SchedulerStatus, "status")
@@ -224,6 +229,11 @@ class Scheduler:
         try:
             return await asyncio.to_thread(decode_snapshot, await self._caller.call("metrics"))
         except ValueError as error:
-            raise SchedulerUnreachable(
-                f"the scheduler's answer can't be read ({error}): run control plane and scheduler in the same version"
-            ) from None
+            raise _unreadable(str(error)) from None
+
+
+def _unreadable(why: str) -> SchedulerUnreachable:
+    """The scheduler outlives an upgrade of the control plane."""
+    return SchedulerUnreachable(
+        f"the scheduler's answer can't be read ({why}): run control plane and scheduler in the same version"
+    )

@@ -132,6 +132,12 @@ class Broadcast:
                 loads = {each.engine: each.model_dump_json() for each in await self._scheduler.loads(WINDOW_S, None)}
             except LlepError as error:
                 problem = {"message": error.message, "code": error.code}
+            except Exception as error:  # listeners would hear nothing, for ever
+                logger.exception("no loads for the stream")
+                problem = {
+                    "message": f"{type(error).__name__}: the control plane's log says more",
+                    "code": LlepError.code,
+                }
             self._number += 1
             name = f"{self._run}-{self._number}"
             self._moments.append(Moment(self._number, name, time.time(), loads, problem))

@@ -38,11 +38,13 @@ async def _keep_sending(exposition: Exposition, caller: Caller) -> None:
     """Every EVERY_S, until cancelled. Without a way to Ray there is nobody to tell: the next time is tried again."""
     while True:
         await asyncio.sleep(EVERY_S)
-        families = flat(shown.metric() for shown in await exposition.shown())
         try:
+            families = flat(shown.metric() for shown in await exposition.shown())
             await caller.call(SET_RAY_METRICS, families=families, timeout_s=TIMEOUT_S)
         except LlepError as error:
             logger.debug("metrics did not get through Ray: %s", error.message)
+        except Exception:
+            logger.exception("metrics did not get through Ray")
 
 
 def flat(metrics: Iterable[Metric]) -> list[Family]:

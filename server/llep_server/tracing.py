@@ -87,11 +87,11 @@ class Tracing:
         """Spans of the scheduler's decisions from now on, until cancelled."""
         while True:
             try:
-                decisions = await scheduler.decisions(None, MOST_DECISIONS, None)
+                self.decisions(await scheduler.decisions(None, MOST_DECISIONS, None))
             except LlepError as error:
                 logger.debug("no decisions to trace: %s", error.message)
-            else:
-                self.decisions(decisions)
+            except Exception:
+                logger.exception("decisions are not traced")
             await asyncio.sleep(DECISIONS_EVERY_S)
 
     def decisions(self, newest_first: list[DecisionView]) -> None:

@@ -72,6 +72,14 @@ def test_ready_only_with_a_fresh_engine_that_holds_what_is_desired(running: Runn
     running.report(engine)  # says so
     assert running.http.get("/readyz").status_code == 200
 
+    async def of_another_version() -> dict[str, str]:
+        return {"version": "0.0"}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.caller.scheduler, "status", of_another_version)
+        error = error_of(running.http.get("/readyz"), 503, "not_ready")
+        assert "run control plane and scheduler in the same version" in error["message"]
+
     running.caller.is_up = False
     error = error_of(running.http.get("/readyz"), 503, "not_ready")
     assert "scheduler: no scheduler at 'auto'" in error["message"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import json
 import logging
@@ -17,8 +18,11 @@ import pytest
 from running import Running, start
 
 from llep.views import DecisionView
+from llep_server import through_ray, tracing
 from llep_server.config import ServerConfig
 from llep_server.logs import JsonFormatter
+from llep_server.metrics import Exposition
+from llep_server.scheduler import Scheduler
 from llep_server.tracing import ENDPOINT_VARIABLE, from_env
 
 
@@ -110,14 +114,55 @@ def test_spans_of_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with collecting() as (endpoint, bodies):
         monkeypatch.setenv(ENDPOINT_VARIABLE, endpoint)
-        tracing = from_env({ENDPOINT_VARIABLE: endpoint})
-        assert tracing is not None
-        tracing.decisions([decision(2), decision(1)])  # from before
-        tracing.decisions([decision(3), decision(2), decision(1)])
-        tracing.close()
+        told = from_env({ENDPOINT_VARIABLE: endpoint})
+        assert told is not None
+        told.decisions([decision(2), decision(1)])  # from before
+        told.decisions([decision(3), decision(2), decision(1)])
+        told.close()
     found = spans(bodies)
     assert list(found) == ["decision placement"]
     assert found["decision placement"]["llep.reason"] == "because 3"
+
+
+def test_decisions_are_followed_past_an_answer_that_cant_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    monkeypatch.setattr(tracing, "DECISIONS_EVERY_S", 0.01)
+    failing = Failing()
+
+    async def follow() -> None:
+        to_nobody = from_env({ENDPOINT_VARIABLE: "http://127.0.0.1:9"})
+        assert to_nobody is not None
+        following = asyncio.create_task(to_nobody.follow(Scheduler(failing)))
+        await asyncio.wait_for(failing.went_on.wait(), 10)
+        following.cancel()
+        to_nobody.close()
+
+    asyncio.run(follow())
+
+
+def test_metrics_go_through_ray_past_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(through_ray, "EVERY_S", 0.01)
+    failing = Failing()
+
+    async def send() -> None:
+        async with through_ray.sending(Exposition(Scheduler(failing), keep_s=0.0), failing):
+            await asyncio.wait_for(failing.went_on.wait(), 10)
+
+    asyncio.run(send())
+
+
+class Failing:
+    """A way to the scheduler on which something unforeseen happens."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.went_on = asyncio.Event()
+
+    async def call(self, method: str, **arguments: Any) -> Any:
+        self.calls += 1
+        if self.calls > 3:
+            self.went_on.set()
+        raise ZeroDivisionError
 
 
 def test_no_endpoint_no_cost() -> None:

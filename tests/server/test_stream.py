@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -18,6 +19,7 @@ from test_http import error_of
 
 from llep_server import stream
 from llep_server.config import ServerConfig
+from llep_server.operation_store import OperationStore
 from llep_server.stream import Broadcast
 
 
@@ -94,6 +96,49 @@ def test_says_when_the_scheduler_is_away_and_when_it_is_back(running: Running) -
         assert problem["data"]["error"]["code"] == "scheduler_unreachable"
         running.caller.is_up = True
         assert "loads" in [next(listened)["event"] for _ in range(3)]
+
+
+async def _of_another_version(**arguments: Any) -> list[dict[str, Any]]:
+    return [{"engine": "tiny"}]
+
+
+async def _that_fails(**arguments: Any) -> list[dict[str, Any]]:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"), [(_of_another_version, "scheduler_unreachable"), (_that_fails, "llep_error")]
+)
+def test_goes_on_after_an_answer_that_cant_be_read(
+    running: Running, monkeypatch: pytest.MonkeyPatch, answer: Any, code: str
+) -> None:
+    with listening(running) as listened:
+        assert next(listened)["event"] == "loads"
+        monkeypatch.setattr(running.caller.scheduler, "loads", answer)
+        problem = next(event for event in (next(listened) for _ in range(3)) if event["event"] == "problem")
+        assert problem["data"]["error"]["code"] == code
+        monkeypatch.undo()
+        assert "loads" in [next(listened)["event"] for _ in range(3)]
+
+
+def test_all_parts_are_closed_whatever_one_raises(tmp_path: Path) -> None:
+    with contextmanager(start)(ServerConfig(), tmp_path / "state") as running:
+        asked = running.http.post("/v1/plans/simulate", json={"tokens": [[4, 1], [4, 1]]}, timeout=90)
+        assert asked.status_code == 200
+        process = running.app.state.simulator._worker._process
+        broadcast = _broadcast(running)
+
+        async def fail() -> None:
+            broadcast._making = asyncio.ensure_future(_that_fails())
+            await asyncio.wait([broadcast._making])
+
+        running.await_(fail())
+        assert process.returncode is None
+    assert process.returncode is not None
+    operations = OperationStore(tmp_path / "state")
+    operations.open()
+    assert operations._held is not None
+    operations.close()
 
 
 def test_so_many_and_no_more(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
