@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8088
 SERVER_PREFIX = "LLEP_SERVER_"
 SERVER_VARIABLES = tuple(
-    SERVER_PREFIX + name for name in ("HOST", "PORT", "KEYS_FILE", "STATE_DIR", "INSECURE", "LOG", "RAY_METRICS")
+    SERVER_PREFIX + name
+    for name in ("HOST", "PORT", "KEYS_FILE", "STATE_DIR", "INSECURE", "ALLOWED_HOSTS", "LOG", "RAY_METRICS")
 )
+_HOST_NAME = re.compile(r"[a-z0-9_.-]+|\[[0-9a-f:.]+\]")
 LOG_FORMATS = ("text", "json")
 TRUE_WORDS = ("1", "true", "yes", "on")
 FALSE_WORDS = ("", "0", "false", "no", "off")
@@ -35,6 +38,7 @@ class ServerConfig:
     ray_address: str = DEFAULT_ADDRESS
     ray_namespace: str = DEFAULT_NAMESPACE
     insecure: bool = False  # listen beyond loopback without keys
+    allowed_hosts: tuple[str, ...] = ()  # names that requests may address it by, beside loopback's
     ray_metrics: bool = False  # show metrics through Ray's own agents too, as ray_llep_...
     log_format: str = "text"  # json: an object per line
 
@@ -44,6 +48,13 @@ class ServerConfig:
                 f"port {self.port} is not in 0..65535 (0 takes a free one): set --port or LLEP_SERVER_PORT",
                 param="port",
             )
+        for name in self.allowed_hosts:
+            if not _HOST_NAME.fullmatch(name):
+                raise UnsupportedConfiguration(
+                    f"LLEP_SERVER_ALLOWED_HOSTS: {name!r} is not a host's name or address: give them without port, "
+                    "with commas between",
+                    param="allowed_hosts",
+                )
         if self.log_format not in LOG_FORMATS:
             raise UnsupportedConfiguration(
                 f"LLEP_SERVER_LOG={self.log_format!r} is unknown: give {' or '.join(LOG_FORMATS)}", param="log"
@@ -56,9 +67,11 @@ class ServerConfig:
             )
 
     @property
-    def is_open_on_loopback(self) -> bool:
-        """No keys, but only this machine may come in."""
-        return self.keys_file is None and not self.insecure
+    def checks_host(self) -> bool:
+        """Whether requests must address it by a name that is known: else, where there are no keys, a web page that a
+        browser has loaded could point its own name at the control plane and change things.
+        """
+        return bool(self.allowed_hosts) or (self.keys_file is None and not self.insecure)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> ServerConfig:
@@ -76,6 +89,7 @@ class ServerConfig:
             ray_namespace=environ.get("LLEP_RAY_NAMESPACE") or DEFAULT_NAMESPACE,
             log_format=environ.get("LLEP_SERVER_LOG") or "text",
             insecure=_parse_switch("LLEP_SERVER_INSECURE", environ.get("LLEP_SERVER_INSECURE", "")),
+            allowed_hosts=_parse_names(environ.get("LLEP_SERVER_ALLOWED_HOSTS", "")),
             ray_metrics=_parse_switch("LLEP_SERVER_RAY_METRICS", environ.get("LLEP_SERVER_RAY_METRICS", "")),
         )
 
@@ -106,6 +120,10 @@ def _parse_port(text: str) -> int:
             f"LLEP_SERVER_PORT={text!r} is not a port: give a number in 0..65535 (0 takes a free one)", param="port"
         )
     return int(text)
+
+
+def _parse_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip().lower() for name in text.split(",") if name.strip())
 
 
 def _parse_switch(name: str, text: str) -> bool:

@@ -74,7 +74,7 @@ class Forbidden(LlepError):
 
 
 class ForeignHost(LlepError):
-    """Without keys, a request must address this machine by a loopback name (a web page elsewhere can't)."""
+    """A request must address the control plane by a name of its own (a web page elsewhere can't)."""
 
     code = "foreign_host"
 

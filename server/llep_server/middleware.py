@@ -8,6 +8,7 @@ import math
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -130,8 +131,8 @@ class Gate:
 
     def _admit(self, scope: AsgiScope) -> Principal | None:
         headers = Headers(scope=scope)
-        if self.config.is_open_on_loopback:
-            _check_host(headers.get("host", ""))
+        if self.config.checks_host:
+            _check_host(headers.get("host", ""), self.config.allowed_hosts)
         if scope["method"] not in READING_METHODS:
             _check_origin(headers)
         if self.keys is None:
@@ -210,13 +211,13 @@ def _check_origin(headers: Headers) -> None:
         )
 
 
-def _check_host(host: str) -> None:
+def _check_host(host: str, allowed: Sequence[str]) -> None:
     name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
     # No look-up: a name that some web page has pointed at 127.0.0.1 is just what must stay out.
-    if name.lower() not in ("localhost", "") and not (_is_address(name) and is_loopback(name)):
+    if name.lower() not in ("localhost", "", *allowed) and not (_is_address(name) and is_loopback(name)):
         raise ForeignHost(
-            f"Host {host!r} is not a loopback name, and without keys only this machine may come in: use "
-            "http://127.0.0.1 or localhost, or start the control plane with a keys file",
+            f"Host {host!r} is no name of this control plane: use http://127.0.0.1 or localhost, name it in "
+            "LLEP_SERVER_ALLOWED_HOSTS, or start the control plane with a keys file",
             param="Host",
         )
 

@@ -144,6 +144,16 @@ def test_settings_of_a_service_are_settings(name: str) -> None:
     assert isinstance(settings, Settings)
 
 
+def test_what_is_open_on_this_machine_asks_for_its_name() -> None:
+    """Else a page on the internet, in a browser here, could point its own name at the port."""
+    image = environment(DEPLOY / "control-plane.Dockerfile")
+    config = ServerConfig.from_env(image | SERVICES["control-plane"]["environment"])
+    assert config.checks_host
+    scraped = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    targets = {target for job in scraped for group in job.get("static_configs", ()) for target in group["targets"]}
+    assert {target.partition(":")[0] for target in targets} & set(config.allowed_hosts) == {"control-plane"}
+
+
 @pytest.mark.parametrize("name", ["prometheus.yml", "local.yml"])
 def test_prometheus_takes_its_configuration(tmp_path: Path, name: str) -> None:
     path = DEPLOY / "prometheus" / name

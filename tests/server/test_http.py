@@ -7,17 +7,19 @@ import io
 import json
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pyarrow.parquet
 import pytest
 from reporting import BYTES_PER_SLOT, Engine
-from running import Running
+from running import Running, start
 
 from llep import __version__
 from llep.config import Settings
 from llep.errors import StoreUnavailable
+from llep_server.config import ServerConfig
 
 
 def error_of(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
@@ -339,6 +341,20 @@ def test_strangers_host_is_refused_on_an_open_loopback(unchanged: Running) -> No
     error_of(response, 403, "foreign_host")
     for host in ("localhost:1", "127.0.0.1", "[::1]:80"):
         assert unchanged.http.get("/livez", headers={"Host": host}).status_code == 200
+
+
+def test_an_open_port_takes_the_names_that_it_is_told(tmp_path: Path) -> None:
+    """A page of evil.example, whose name now leads here, is of the same origin: its browser lets it read and change."""
+    for running in start(ServerConfig(insecure=True, allowed_hosts=("control-plane",)), tmp_path / "state"):
+        for name in ("evil.example:8088", "control-plane.evil.example", "evil.example"):
+            headers = {"Host": name, "Origin": f"http://{name}"}
+            error_of(running.http.get("/v1/settings", headers=headers), 403, "foreign_host")
+            changed = running.http.patch("/v1/settings", json={"mode": "off"}, headers=headers)
+            error_of(changed, 403, "foreign_host")
+        for name in ("control-plane:8088", "Control-Plane", "localhost:8088", "127.0.0.1:9999", "[::1]:8088"):
+            headers = {"Host": name, "Origin": f"http://{name}"}
+            changed = running.http.patch("/v1/settings", json={"mode": "observe"}, headers=headers)
+            assert changed.status_code == 200, name
 
 
 def test_what_is_about_one_engine_needs_its_name_only_where_there_are_several(running: Running) -> None:
