@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from starlette.datastructures import Headers
+
 from llep.errors import UnsupportedConfiguration
 
 logger = logging.getLogger(__name__)
@@ -68,8 +70,10 @@ class KeyRing:
         self._seen = _fingerprint(path)
         self._keys = _read(path)
 
-    def find(self, key: str) -> Principal | None:
-        """Whose key this is. The time taken tells nothing about how much of a key was right."""
+    def find(self, key: str | None) -> Principal | None:
+        """Whose key this is, None without one. The time taken tells nothing about how much of a key was right."""
+        if key is None:
+            return None
         self._refresh()
         digest = _digest(key)
         found = None
@@ -91,6 +95,12 @@ class KeyRing:
             return
         self.problem = ""
         logger.info("keys read again from %s: %s", self.path, ", ".join(key.principal.name for key in self._keys))
+
+
+def sent_key(headers: Headers) -> str | None:
+    """The bearer key that a request brings; None where it brings none."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else None
 
 
 def hash_key(key: str) -> str:

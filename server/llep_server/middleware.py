@@ -29,7 +29,7 @@ from llep_server.errors import (
     respond,
 )
 from llep_server.failures import Failures
-from llep_server.keys import ANONYMOUS, KeyRing, Principal, Scope
+from llep_server.keys import ANONYMOUS, KeyRing, Principal, Scope, sent_key
 from llep_server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
@@ -137,14 +137,14 @@ class Gate:
             _check_origin(headers)
         if self.keys is None:
             return ANONYMOUS
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        principal = self.keys.find(key.strip()) if scheme.lower() == "bearer" else None
+        has_sent = bool(headers.get("authorization"))
+        principal = self.keys.find(sent_key(headers))
         if scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_PREFIX):
             return principal
-        if scheme:
+        if has_sent:
             self._count(_client(scope), principal)
         if principal is None:
-            what = "the key is not known" if scheme else "a key is needed"
+            what = "the key is not known" if has_sent else "a key is needed"
             raise Unauthenticated(
                 f"{what}: send 'Authorization: Bearer KEY' with a key of the control plane's keys file"
             )

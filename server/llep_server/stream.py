@@ -13,7 +13,7 @@ import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,13 +75,13 @@ class Broadcast:
         self._heard_s = 0.0
         self.listeners = 0
 
-    def open(self, engine: str | None, last_event_id: str | None) -> EventStream:
-        """A stream from after that event on, or from the newest. Raises TooManyStreams."""
+    def open(self, engine: str | None, last_event_id: str | None, may_listen: Callable[[], bool]) -> EventStream:
+        """A stream from after that event on, or from the newest, for as long as it may. Raises TooManyStreams."""
         if self.listeners >= MAX_STREAMS:
             raise TooManyStreams(
                 f"{self.listeners} streams are open, no more are taken: close some, or try again later"
             )
-        return EventStream(self, engine, last_event_id)
+        return EventStream(self, engine, last_event_id, may_listen)
 
     async def close(self) -> None:
         if self._making is not None:
@@ -151,12 +151,15 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, broadcast: Broadcast, engine: str | None, last_event_id: str | None) -> None:
+    def __init__(
+        self, broadcast: Broadcast, engine: str | None, last_event_id: str | None, may_listen: Callable[[], bool]
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._broadcast = broadcast
         self._engine = engine
         self._last_event_id = last_event_id
+        self._may_listen = may_listen
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope.setdefault("state", {})[ENDLESS] = True
@@ -171,7 +174,7 @@ class EventStream(Response):
                 await sending
 
     async def _send(self, send: Send) -> None:
-        """Until cancelled, or the listener does not take what it is sent."""
+        """Until cancelled, or the listener may not listen any more, or does not take what it is sent."""
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         with self._broadcast.listening():
             number, text = self._broadcast.resume(self._last_event_id)
@@ -182,6 +185,9 @@ class EventStream(Response):
                 moments = await self._broadcast.after(number, KEEP_ALIVE_S)
                 if moments is None:
                     logger.info("a listener to loads fell behind and is dropped")
+                    return
+                if not self._may_listen():
+                    logger.info("a listener to loads is dropped: its key is not known any more")
                     return
                 number = moments[-1].number if moments else number
                 text = b"".join(moment.text(self._engine) for moment in moments) or b": still here\n\n"

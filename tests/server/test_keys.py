@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import pytest
 from running import Running, start
 from test_http import error_of
@@ -99,6 +102,17 @@ def test_the_file_is_read_again_when_it_changes(guarded: Running, keys_file: Pat
     replace(keys_file, "bob read another-key-0123456789\n")
     assert guarded.http.get("/v1/engines", headers=bearer(READ_KEY)).status_code == 401
     assert guarded.http.get("/v1/engines", headers=bearer("another-key-0123456789")).status_code == 200
+
+
+def test_a_stream_ends_with_its_key(guarded: Running, keys_file: Path) -> None:
+    with guarded.http.stream("GET", "/v1/loads/stream", headers=bearer(READ_KEY)) as response:
+        lines = response.iter_lines()
+        next(lines)
+        replace(keys_file, "bob read another-key-0123456789\n")
+        started_s = time.monotonic()
+        with suppress(httpx.RemoteProtocolError):  # it breaks off
+            for _ in lines:
+                assert time.monotonic() - started_s < 10
 
 
 @pytest.mark.parametrize("content", [None, "", "bob\n", "bob root another-key-0123456789\n"])

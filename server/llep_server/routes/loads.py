@@ -10,6 +10,7 @@ from llep.views import EngineLoads, HistoryPoint, HotExpert, LoadMatrix
 from llep_server import tables
 from llep_server.depends import EngineQuery, OneEngineQuery, SchedulerDep, WindowQuery, only_engine
 from llep_server.errors import describe
+from llep_server.keys import KeyRing, sent_key
 from llep_server.schemas import Page
 from llep_server.stream import MAX_EVENT_ID, Broadcast, EventStream
 
@@ -93,4 +94,7 @@ async def stream_loads(
     while the scheduler does not answer, `missed` where Last-Event-ID is too long ago to go on from.
     """
     broadcast: Broadcast = request.app.state.broadcast
-    return broadcast.open(engine, last_event_id)
+    keys: KeyRing | None = request.app.state.keys
+    return broadcast.open(
+        engine, last_event_id, lambda: keys is None or keys.find(sent_key(request.headers)) is not None
+    )
