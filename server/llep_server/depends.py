@@ -10,6 +10,8 @@ from fastapi.dependencies.models import Dependant
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 
+from llep.errors import UnknownEngine
+from llep.views import EngineView
 from llep_server.errors import InvalidRequest, unknown_name
 from llep_server.middleware import author_of
 from llep_server.scheduler import Scheduler
@@ -60,6 +62,14 @@ async def only_engine(scheduler: Scheduler, where: str = "query") -> str:
         known = f"there are {', '.join(names)}" if names else "none has reported yet"
         raise InvalidRequest(f"engine is missing from the {where}: {known}", param="engine")
     return names[0]
+
+
+async def find_engine(scheduler: Scheduler, name: str) -> EngineView:
+    """Raises UnknownEngine."""
+    engines = {view.id: view for view in await scheduler.engines()}
+    if name not in engines:
+        raise UnknownEngine(unknown_name("engine", name, engines), param="engine")
+    return engines[name]
 
 
 SchedulerDep = Annotated[Scheduler, Depends(_scheduler)]

@@ -51,9 +51,10 @@ class Moment:
 
     def text(self, engine: str | None) -> bytes:
         """The event as it is sent, of one engine or all; made once for all who want the same."""
-        if engine not in self._texts:
-            self._texts[engine] = self._text(engine)
-        return self._texts[engine]
+        known = engine if engine is None or engine in self.loads else ""  # of all that are not here the same is said
+        if known not in self._texts:
+            self._texts[known] = self._text(known)
+        return self._texts[known]
 
     def _text(self, engine: str | None) -> bytes:
         if self.problem is not None:

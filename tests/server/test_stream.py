@@ -20,7 +20,7 @@ from test_http import error_of
 from llep_server import stream
 from llep_server.config import ServerConfig
 from llep_server.operation_store import OperationStore
-from llep_server.stream import Broadcast
+from llep_server.stream import Broadcast, Moment
 
 
 @contextmanager
@@ -139,6 +139,18 @@ def test_all_parts_are_closed_whatever_one_raises(tmp_path: Path) -> None:
     operations.open()
     assert operations._held is not None
     operations.close()
+
+
+def test_names_that_nobody_has_take_no_memory(running: Running) -> None:
+    error_of(running.http.get("/v1/loads/stream?engine=nobody"), 404, "unknown_engine")
+    moment = Moment(1, "a-1", 0.0, {"tiny": "{}"})
+    texts = {moment.text(name) for name in (None, "tiny", *(f"nobody-{number}" for number in range(100)))}
+    assert len(moment._texts) == 3 and len(texts) == 2
+    away = Moment(2, "a-2", 0.0, problem={"message": "away", "code": "scheduler_unreachable"})
+    assert away.text("tiny") == away.text("nobody") == away.text(None) and b"away" in away.text("tiny")
+    running.caller.is_up = False
+    with listening(running, "?engine=nobody") as listened:  # who can tell
+        assert next(listened)["event"] == "problem"
 
 
 def test_so_many_and_no_more(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path
 
-from llep.errors import UnknownEngine
 from llep.views import AdviceView, DecisionView, EngineView
-from llep_server.depends import CursorQuery, EngineQuery, LimitQuery, SchedulerDep, page_of
-from llep_server.errors import describe, unknown_name
+from llep_server.depends import CursorQuery, EngineQuery, LimitQuery, SchedulerDep, find_engine, page_of
+from llep_server.errors import describe
 from llep_server.schemas import Page
 
 router = APIRouter(tags=["engines"])
@@ -26,10 +25,7 @@ async def get_engine(
     scheduler: SchedulerDep, engine: Annotated[str, Path(description="the engine's id")]
 ) -> EngineView:
     """One engine."""
-    engines = {view.id: view for view in await scheduler.engines()}
-    if engine not in engines:
-        raise UnknownEngine(unknown_name("engine", engine, engines), param="engine")
-    return engines[engine]
+    return await find_engine(scheduler, engine)
 
 
 @router.get("/advice", responses=describe(404))

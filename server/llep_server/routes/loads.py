@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
+from llep.errors import SchedulerUnreachable
 from llep.views import EngineLoads, HistoryPoint, HotExpert, LoadMatrix
 from llep_server import tables
-from llep_server.depends import EngineQuery, OneEngineQuery, SchedulerDep, WindowQuery, only_engine
+from llep_server.depends import EngineQuery, OneEngineQuery, SchedulerDep, WindowQuery, find_engine, only_engine
 from llep_server.errors import describe
 from llep_server.keys import KeyRing, sent_key
 from llep_server.schemas import Page
@@ -81,10 +83,14 @@ async def get_hot(
     "/loads/stream",
     response_class=Response,
     response_model=None,
-    responses={200: {"content": {"text/event-stream": {}}, "description": "server-sent events, until you go"}},
+    responses={
+        200: {"content": {"text/event-stream": {}}, "description": "server-sent events, until you go"},
+        **describe(404),
+    },
 )
 async def stream_loads(
     request: Request,
+    scheduler: SchedulerDep,
     engine: EngineQuery = None,
     last_event_id: Annotated[
         str | None, Header(description="go on after this event, if it is not too long ago", max_length=MAX_EVENT_ID)
@@ -95,6 +101,9 @@ async def stream_loads(
     """
     broadcast: Broadcast = request.app.state.broadcast
     keys: KeyRing | None = request.app.state.keys
+    if engine is not None:
+        with suppress(SchedulerUnreachable):  # which the stream itself will say, until it is back
+            await find_engine(scheduler, engine)
     return broadcast.open(
         engine, last_event_id, lambda: keys is None or keys.find(sent_key(request.headers)) is not None
     )
