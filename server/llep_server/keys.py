@@ -2,7 +2,7 @@
 
 The file has one key per line, `name scope key`, separated by blanks; empty lines and lines that start with # are
 skipped. `name` is what the audit trail shows; `scope` is read (look) or admin (look and change); `key` is at least 16
-characters without blanks, or `sha256:` and the 64 hex digits of its SHA-256, so that the file need not hold the key:
+ASCII characters without blanks, or `sha256:` and the 64 hex digits of its SHA-256, so that the file need not hold it:
 
     # name    scope  key
     grafana   read   sha256:601783805a05ad5e7e19ed8bdd2e868d297d22775a906820a1f973763467309c
@@ -159,6 +159,8 @@ def _parse_line(path: Path, number: int, line: str) -> Key:
         if not _HASH.fullmatch(key.removeprefix(HASH_PREFIX)):
             raise refuse(f"the key of {name!r} must have 64 lower-case hex digits after {HASH_PREFIX}")
         return Key(Principal(name, Scope(scope)), bytes.fromhex(key.removeprefix(HASH_PREFIX)))
+    if not key.isascii() or not key.isprintable():
+        raise refuse(f"the key of {name!r} must be ASCII, for headers can't carry others")
     if len(key) < MIN_KEY_CHARACTERS:
         raise refuse(f"the key of {name!r} is too short: at least {MIN_KEY_CHARACTERS} characters")
     return Key(Principal(name, Scope(scope)), _digest(key))

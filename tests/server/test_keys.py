@@ -154,6 +154,7 @@ def test_no_key_is_ever_logged_or_answered(guarded: Running, keys_file: Path, ca
         ("\nalice root 0123456789abcdef\n", "line 2: the scope of 'alice' must be read or admin"),
         ("al!ce read 0123456789abcdef\n", "line 1: the name must be"),
         ("alice read short\n", "at least 16 characters"),
+        ("alice read schlüsselschlüssel\n", "line 1: the key of 'alice' must be ASCII"),
         ("alice read sha256:abc\n", "64 lower-case hex digits"),
         ("alice read 0123456789abcdef\nalice admin 0123456789abcdeg\n", "names 'alice' twice"),
     ],
