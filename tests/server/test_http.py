@@ -239,6 +239,14 @@ def test_bad_if_match(unchanged: Running, value: str) -> None:
     assert error_of(response, 422, "invalid_request")["param"] == "If-Match"
 
 
+def test_the_mode_is_not_switched_over_an_if_match(unchanged: Running) -> None:
+    """Its route can't compare revisions, and who asks for that must not be told that all went well."""
+    before = unchanged.http.get("/v1/settings").headers["ETag"]
+    response = unchanged.http.put("/v1/mode", json={"mode": "observe"}, headers={"If-Match": '"999"'})
+    assert error_of(response, 422, "invalid_request")["param"] == "If-Match"
+    assert unchanged.http.get("/v1/settings").headers["ETag"] == before
+
+
 def test_unknown_engines_refuse_the_whole_change(running: Running) -> None:
     running.report(Engine())
     response = running.http.patch("/v1/settings?engines=tiny&engines=tin", json={"mode": "off"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Query, Request, Response
+from fastapi import APIRouter, Body, Header, Query, Request, Response
 
 from llep.config import Settings
 from llep.views import RevisionView, SettingsChange, SettingsView
@@ -21,7 +21,7 @@ from llep_server.depends import (
     page_of,
     parse_if_match,
 )
-from llep_server.errors import describe
+from llep_server.errors import InvalidRequest, describe
 from llep_server.schemas import ModeChange, Page, Rollback, settings_patch_schema
 
 router = APIRouter(tags=["settings"])
@@ -113,8 +113,14 @@ async def put_mode(
     change: ModeChange,
     engines: EnginesQuery = None,
     reason: ReasonQuery = "",
+    if_match: Annotated[str | None, Header(include_in_schema=False)] = None,
 ) -> SettingsChange:
-    """Switch the mode; with ttl_s it goes back by itself."""
+    """Switch the mode; with ttl_s it goes back by itself. PATCH /v1/settings takes a mode too, with If-Match."""
+    if parse_if_match(if_match) is not None:
+        raise InvalidRequest(
+            "PUT /v1/mode can't say if somebody was faster: leave out If-Match, or PATCH /v1/settings with the mode",
+            param="If-Match",
+        )
     made = await scheduler.set_mode(change.mode, ttl_s=change.ttl_s, author=author, reason=reason, engines=engines)
     return _answer(request, response, made)
 
