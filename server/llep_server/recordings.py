@@ -9,12 +9,14 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from llep.errors import RecordingConflict, StoreUnavailable
 from llep.views import RecordingView
@@ -50,18 +52,35 @@ class Downloads:
             "Content-Disposition": f'attachment; filename="{_file_name(view.id)}"',
             **({"Content-Range": f"bytes {first}-{stop - 1}/{size}"} if part else {}),
         }
-        return StreamingResponse(
-            self._send(id, first, stop), status_code=206 if part else 200, headers=headers, media_type=MEDIA_TYPE
+        self._open += 1
+        return Download(
+            read(self._scheduler, id, first, stop),
+            206 if part else 200,
+            headers,
+            media_type=MEDIA_TYPE,
+            on_end=self._end,
         )
 
-    async def _send(self, id: str, first: int, stop: int) -> AsyncIterator[bytes]:
-        self._open += 1
+    def _end(self) -> None:
+        self._open -= 1
+
+
+class Download(StreamingResponse):
+    """Says when it is over, also where it never began."""
+
+    def __init__(
+        self, content: AsyncGenerator[bytes, None], *args: Any, on_end: Callable[[], None], **kwargs: Any
+    ) -> None:
+        super().__init__(content, *args, **kwargs)
+        self._content = content
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with aclosing(read(self._scheduler, id, first, stop)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+            async with aclosing(self._content):
+                await super().__call__(scope, receive, send)
         finally:
-            self._open -= 1
+            self._on_end()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import json
 import tarfile
 import tempfile
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,37 @@ def test_too_many_downloads_are_told_so(running: Running, tmp_path: Path, monkey
     path = f"/v1/recordings/{recorded(running, tmp_path / 'made')}/data"
     monkeypatch.setattr(recordings, "MAX_DOWNLOADS", 0)
     error_of(running.http.get(path), 503, "busy")
+
+
+def test_no_more_downloads_than_that_come_together(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"/v1/recordings/{recorded(running, tmp_path / 'made')}/data"
+    monkeypatch.setattr(recordings, "MAX_DOWNLOADS", 2)
+    together, find = asyncio.Barrier(8), running.caller.scheduler.recording
+    statuses: list[int] = []
+
+    async def find_together(**arguments: Any) -> Any:
+        await together.wait()
+        return await find(**arguments)
+
+    def fetch() -> None:
+        with httpx.Client(base_url=running.url, timeout=60, trust_env=False) as http:
+            statuses.append(http.get(path).status_code)
+
+    monkeypatch.setattr(running.caller.scheduler, "recording", find_together)
+    fetching = [threading.Thread(target=fetch) for _ in range(8)]
+    for thread in fetching:
+        thread.start()
+    for thread in fetching:
+        thread.join()
+    assert sorted(statuses) == 2 * [200] + 6 * [503]
+    monkeypatch.undo()
+    deadline_s = time.monotonic() + 10
+    while running.app.state.downloads._open:
+        assert time.monotonic() < deadline_s, "downloads that are over are still counted"
+        time.sleep(0.05)
+    assert running.http.get(path).status_code == 200
 
 
 def test_before_the_end_there_is_nothing_to_fetch(running: Running) -> None:
