@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any
 
-import msgspec
 import numpy as np
 
 from llep.config import Settings
@@ -23,6 +21,7 @@ from llep.messages import (
     PlanSample,
     Report,
     Worth,
+    decode_report,
     encode,
 )
 from llep.placement import Placement
@@ -180,5 +179,5 @@ def report_bytes(engine: SimulatedEngine) -> tuple[int, int]:
     return sizes[0], sizes[-1]
 
 
-def as_reports(engine: SimulatedEngine) -> list[Any]:
-    return [msgspec.msgpack.decode(data, type=Report) for data in engine.reports()]
+def as_reports(engine: SimulatedEngine) -> list[Report]:
+    return [decode_report(data) for data in engine.reports()]
