@@ -60,6 +60,7 @@ def shell_line(role: str, model: Path, ray_port: int, api_port: int, rpc_port: i
         "llep with-ray node vllm serve": f"{BIN}/llep with-ray --port {ray_port} node {sys.executable} "
         "-m tests.ops.vllm_serve serve",
         "deepseek-ai/DeepSeek-V3": f"{shlex.quote(str(model))} {ON_A_CPU}",
+        "--moe-backend=triton ": "",  # a GPU's
         "--data-parallel-size=16": "--data-parallel-size=2",
         "--data-parallel-size-local=8": "--data-parallel-size-local=1",
         "--data-parallel-rpc-port=13345": f"--data-parallel-rpc-port={rpc_port}",
