@@ -16,6 +16,7 @@ from __future__ import annotations
 import operator
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, Self
 
 import msgspec
@@ -127,9 +128,7 @@ class GroupLoads(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     lends_in_PRK: Array  # int64
     lends_out_PRK: Array  # int64
     bytes_per_lend: int
-    predicted_gain_s: dict[
-        str, float
-    ]  # STEP_PHASES -> sum of what plans predict, also in shadow; 0 without a cost model
+    predicted_gain_s: dict[str, float]  # STEP_PHASES -> sum of what plans predict; 0 without a cost model
     last_plan_time_s: float  # unix time of the last decision, also 'do nothing'; 0 before the first
     home_rank_LE: Array  # int16, fixed while the engine runs
     plans: tuple[PlanSample, ...]  # the newest, by id
@@ -326,7 +325,7 @@ def rank_snapshot(report: Report) -> RankSnapshot:
         rank=report.rank,
         held_revision=report.held_revision,
         last_apply_error=report.last_apply_error,
-        phase_seconds=_in_both_phases(report.phase_seconds),
+        phase_seconds=sum_by_phase(report.phase_seconds.values()),
         layer_seconds=report.layer_seconds,
         device_total_bytes=report.device_total_bytes,
         device_free_bytes=report.device_free_bytes,
@@ -337,9 +336,10 @@ def rank_snapshot(report: Report) -> RankSnapshot:
     )
 
 
-def _in_both_phases(seconds: dict[str, dict[str, Histogram]]) -> dict[str, Histogram]:
+def sum_by_phase(each: Iterable[dict[str, Histogram]]) -> dict[str, Histogram]:
+    """The sums of histograms of the same name."""
     found: dict[str, Histogram] = {}
-    for histograms in seconds.values():
+    for histograms in each:
         for phase, histogram in histograms.items():
             found[phase] = histogram if phase not in found else found[phase].plus(histogram)
     return found

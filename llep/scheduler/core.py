@@ -198,20 +198,21 @@ class Core:
             message = f"this machine's clock was set {'forward' if jump_s > 0 else 'back'} by {abs(jump_s):.1f} s"
             self._journal.note(EventKind.CLOCK_JUMPED, message, data={"seconds": round(jump_s, 3)})
         if self._clock_owed_s and not self._journal.problem:
-            self._move_times(self._clock_owed_s)
-            self._clock_owed_s = 0.0
+            try:
+                self._move_times(self._clock_owed_s)
+                self._clock_owed_s = 0.0
+            except StoreUnavailable as error:
+                logger.warning("the ends of temporary settings can't be moved yet: %s", error.message)
 
     def _move_times(self, seconds: float) -> None:
+        """Raises StoreUnavailable; then nothing has changed."""
         before = self._journal.desired
         if not any(before.temporary.values()):
             return
         reason = f"the clock was set by {seconds:+.1f} s: what is set for a time keeps its length"
         event = NewEvent(kind=EventKind.MODE, message=reason, time_s=time.time(), data={"seconds": seconds})
-        try:
-            moved = before.moved_in_time(seconds, self._next_revision())
-            self._commit(moved, event, author=LLEP, reason=reason, engines=None, patch={})
-        except StoreUnavailable as error:
-            logger.warning("the ends of temporary settings can't be moved: %s", error.message)
+        moved = before.moved_in_time(seconds, self._next_revision())
+        self._commit(moved, event, author=LLEP, reason=reason, engines=None, patch={})
 
     def _interval_s(self, engine: Engine) -> float:
         """The report interval that the engine has been told, which it may not follow yet."""

@@ -26,10 +26,6 @@ UNKNOWN_POLL_S = 1.0
 class Reports(Core):
     """Hears engines, and tells them what they should run."""
 
-    def __init__(self, state_dir: str) -> None:
-        super().__init__(state_dir)
-        self._compared: dict[str, str] = {}  # engine -> the incarnation whose settings were compared with ours
-
     async def report(
         self, reports: list[bytes], known_revision: int, left_out: dict[str, int] | None = None
     ) -> dict[str, Any]:
@@ -146,9 +142,9 @@ class Reports(Core):
         ours = self._journal.desired.revision_of(name)
         if revision != ours or revision <= self._journal.opened_revision:
             return revision > ours
-        if self._compared.get(name) == engine.incarnation:
+        if engine.is_compared:
             return False
-        self._compared[name] = engine.incarnation
+        engine.is_compared = True
         try:
             return self._journal.desired.effective(name, engine.start) != engine.live_settings
         except SettingsError:

@@ -81,6 +81,7 @@ class Engine:
     counted: dict[int, Counters] = field(default_factory=dict)
     replaced: deque[str] = field(default_factory=lambda: deque(maxlen=REPLACED_REMEMBERED))
     refused: Counter[str] = field(default_factory=Counter)
+    is_compared: bool = False  # what it runs, with what the store says of a revision of that number
     lost: int = 0  # reports, by the gaps in their numbers
     doubled: int = 0
     told_errors: dict[str, tuple[int, float]] = field(default_factory=dict)  # kind -> how many, when it was an event

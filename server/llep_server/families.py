@@ -22,8 +22,8 @@ from llep.messages import (
     STAGES,
     STEP_PHASES,
     GroupLoads,
-    Histogram,
     RankSnapshot,
+    sum_by_phase,
 )
 from llep.plan import Decision
 from llep.views import EngineState
@@ -145,14 +145,8 @@ def _device_free(engine: ScrapedEngine) -> Iterable[Sample]:
 
 
 def _phase_seconds(engine: ScrapedEngine) -> Iterable[Sample]:
-    by_phase: dict[str, list[Histogram]] = {}
-    for report in engine.ranks:
-        for phase, histogram in report.phase_seconds.items():
-            by_phase.setdefault(phase, []).append(histogram)
-    for phase, histograms in by_phase.items():
-        counts = tuple(map(sum, zip(*(histogram.counts for histogram in histograms), strict=True)))
-        total_s = sum(histogram.sum for histogram in histograms)
-        yield _labels(phase), Bucketed(Histogram(counts, total_s), SECONDS_BUCKETS)
+    for phase, histogram in sum_by_phase(report.phase_seconds for report in engine.ranks).items():
+        yield _labels(phase), Bucketed(histogram, SECONDS_BUCKETS)
 
 
 def _each_rank(read: Callable[[RankSnapshot], float]) -> Callable[[ScrapedEngine], Iterable[Sample]]:

@@ -16,6 +16,7 @@ import pytest
 from llep.errors import LlepError, RevisionConflict, SettingsError, StoreUnavailable, UnknownEngine, UnknownRevision
 from llep.messages import decode_directive, decode_snapshot, encode
 from llep.scheduler.actor import Scheduler
+from llep.scheduler.desired import EVERY
 from llep.scheduler.store import FILE, KnownEngine, Store
 from tests.scheduler.peer import Workers
 
@@ -491,6 +492,27 @@ def test_what_is_set_for_a_time_keeps_its_length_when_the_clock_jumps(
             assert event["data"]["seconds"] == pytest.approx(jump_s, abs=1.0)
             await asyncio.sleep(3.2)
             assert value(await scheduler.settings("one"), "mode") == ("active", "environment")
+
+    run(body)
+
+
+def test_a_jump_of_the_clock_while_nothing_can_be_stored_is_made_up_for_later(tmp_path: Path, monkeypatch) -> None:
+    async def body() -> None:
+        async with scheduler_in(tmp_path) as scheduler:
+            await hear(scheduler, Workers("one"))
+            await scheduler.set_mode("off", 600.0, "me", wait_s=0)
+            now_s = time.time
+            scheduler._journal._store._db.execute("PRAGMA query_only = ON")  # writes fail, as on a disk gone read-only
+            monkeypatch.setattr(scheduler._journal, "note", lambda *args, **kwargs: None)  # the move fails first
+            monkeypatch.setattr(time, "time", lambda: now_s() + 7200.0)
+            await scheduler.engines()
+            assert scheduler._journal.problem and scheduler._journal.desired.revision == 1
+            scheduler._journal._store._db.execute("PRAGMA query_only = OFF")
+            await asyncio.sleep(2.5)
+            assert not scheduler._journal.problem
+            assert value(await scheduler.settings("one"), "mode") == ("off", "revision 1")
+            (left_s,) = [o.until_s - time.time() for o in scheduler._journal.desired.temporary[EVERY].values()]
+            assert 590.0 < left_s <= 600.0
 
     run(body)
 
